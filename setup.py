@@ -1,0 +1,59 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+extras = {
+    "demo": ["scikit-learn>=1.9"],
+    "faiss": ["faiss-cpu>=1.12"],
+    "peft": ["peft>=0.21"],
+    "notebooks": ["ipykernel", "matplotlib>=3.10", "nbclient>=0.10"],
+    "trackers": ["tensorboard"],
+}
+extras["test"] = [
+    "hypothesis>=6.100",
+    "parameterized>=0.9",
+    "pytest>=9.0",
+    "pytest-xdist>=3.8",
+    "requests",
+    "ruff>=0.17",
+    *extras["demo"],
+    *extras["peft"],
+    *extras["faiss"],
+]
+
+setup(
+    name="transformers-testa",
+    version="0.1.0",
+    description="Efficient long-video-and-language models with temporal-spatial token aggregation for Transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    keywords="video retrieval video-question-answering token-merging transformers",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.15",
+        "av>=18.0",
+        "datasets>=5.2",
+        "evaluate>=0.4.6",
+        "filelock",
+        "numpy>=2.0",
+        "pillow",
+        "pyyaml",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+        "torch>=2.14",
+        "torchvision>=0.29",
+        "tqdm",
+        "transformers>=5.23,<6",
+    ],
+    extras_require=extras,
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
