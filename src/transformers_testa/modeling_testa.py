@@ -1,0 +1,1005 @@
+"""TESTA models: a divided space-time video encoder that aggregates tokens, a text encoder/decoder, and the task heads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .aggregation_testa import (
+    compose,
+    flatten_frames,
+    flatten_patches,
+    limit_merges,
+    merge,
+    plan_aggregation,
+    received_attention,
+)
+from .configuration_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
+from .objectives import contrastive_loss, matching_loss, same_pair_targets, sample_hard_negatives
+
+
+# --- Outputs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TestaVideoModelOutput(BaseModelOutputWithPooling):
+    """What the video encoder returns.
+
+    Args:
+        last_hidden_state: `[B, 1 + T' * L', D]`, the class token, then T' frames of L' patches each (joint attention:
+            patch-major; space-only attention: `[B, T * (1 + L'), D]`, each frame's class token before its patches).
+        pooler_output: `[B, D]`, mean of all output tokens.
+        token_map: `[B, T, L]` (int64), the output token of every input patch, as an index into `last_hidden_state`;
+            -1 where pruning dropped it.
+        token_sizes: `[B, 1 + T' * L']` (float32), the number of input patches in each output token; 1 for class tokens.
+        hidden_states: Tokens before the first and after every block; their number shrinks from block to block.
+        attentions: Per block, probabilities of the spatial (or joint) attention `[B * T, heads, 1 + L, 1 + L]`.
+        temporal_attentions: Per block, probabilities of the temporal attention `[B * L, heads, T, T]`; recorded with
+            `output_temporal_attentions=True`.
+    """
+
+    token_map: Tensor | None = None
+    token_sizes: Tensor | None = None
+    temporal_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class TestaModelOutput(ModelOutput):
+    """Both encoders' outputs.
+
+    Args:
+        video_features: `[B, D]`, pooled video tokens.
+        text_features: `[B, D]`, first text token.
+        video_model_output: Everything the video encoder returned.
+        text_model_output: Everything the text encoder returned.
+    """
+
+    video_features: Tensor | None = None
+    text_features: Tensor | None = None
+    video_model_output: TestaVideoModelOutput | None = None
+    text_model_output: BaseModelOutputWithPoolingAndCrossAttentions | None = None
+
+
+@dataclass
+class TestaRetrievalOutput(ModelOutput):
+    """What [`TestaForRetrieval`] returns.
+
+    Args:
+        loss: Sum of the two losses.
+        loss_vtc: Video-text contrastive loss.
+        loss_vtm: Video-text matching loss.
+        logits_per_video: `[videos, texts]`, cosine similarities over the temperature.
+        logits_per_text: `[texts, videos]`.
+        video_embeds: `[videos, projection_dim]`, of length 1.
+        text_embeds: `[texts, projection_dim]`, of length 1.
+        video_model_output: Everything the video encoder returned.
+        text_model_output: Everything the text encoder returned.
+    """
+
+    loss: Tensor | None = None
+    loss_vtc: Tensor | None = None
+    loss_vtm: Tensor | None = None
+    logits_per_video: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    video_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    video_model_output: TestaVideoModelOutput | None = None
+    text_model_output: BaseModelOutputWithPoolingAndCrossAttentions | None = None
+
+
+# --- Video encoder ---------------------------------------------------------------------------------------------------
+
+
+class TestaVideoEmbeddings(nn.Module):
+    """Patches of all frames plus position and time embeddings, and the class token."""
+
+    def __init__(self, config: TestaVideoConfig):
+        super().__init__()
+        self.config = config
+        self.grid_size = config.image_size // config.patch_size
+        self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.hidden_size))
+        if config.attention_type != "space_only":
+            self.time_embeddings = nn.Parameter(torch.zeros(1, config.num_frames, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values_videos: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed `[B, T, C, H, W]` as class token `[B, 1, D]` and patches `[B, T, L, D]`."""
+        if pixel_values_videos.ndim != 5 or pixel_values_videos.shape[2] != self.config.num_channels:
+            raise ValueError(
+                "pixel_values_videos must be [batch, frames, channels, height, width] with "
+                f"{self.config.num_channels} channels; got shape {tuple(pixel_values_videos.shape)}."
+            )
+        B, T = pixel_values_videos.shape[:2]
+        patches = self.patch_embeddings(pixel_values_videos.flatten(0, 1).to(self.patch_embeddings.weight.dtype))
+        class_position, patch_positions = self.resize_position_embeddings(*patches.shape[-2:])
+        patches = patches.flatten(2).transpose(1, 2).unflatten(0, (B, T))  # [B*T, D, h, w] -> [B, T, L, D]
+        patches = self.dropout(patches + patch_positions)
+        if self.config.attention_type != "space_only":
+            patches = self.dropout(patches + self.resize_time_embeddings(T)[:, :, None])
+        class_token = self.dropout(self.class_token + class_position)
+        return class_token.expand(B, -1, -1), patches
+
+    def resize_position_embeddings(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return position embeddings `[1, 1, D]` of the class token and `[1, L, D]` of a grid of patches."""
+        class_position, positions = self.position_embeddings.split([1, self.config.num_patches], dim=1)
+        if (height, width) != (self.grid_size, self.grid_size):
+            grid = positions.transpose(1, 2).unflatten(2, (self.grid_size, self.grid_size))
+            grid = F.interpolate(grid, size=(height, width), mode="nearest")
+            positions = grid.flatten(2).transpose(1, 2)
+        return class_position, positions
+
+    def resize_time_embeddings(self, num_frames: int) -> Tensor:
+        """Return time embeddings `[1, T, D]` of another number of frames."""
+        return _resize_time(self.time_embeddings, num_frames)
+
+
+def _resize_time(values: Tensor, num_frames: int) -> Tensor:
+    if values.shape[1] == num_frames:
+        return values
+    return F.interpolate(values.transpose(1, 2), size=num_frames, mode="nearest").transpose(1, 2)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[Tensor, Tensor]:
+    attention_logits = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        attention_logits = attention_logits + attention_mask
+    attention_weights = torch.softmax(attention_logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    attention_weights = F.dropout(attention_weights, p=dropout, training=module.training)
+    return (attention_weights @ value).transpose(1, 2), attention_weights
+
+
+class TestaVideoAttention(nn.Module):
+    """Attention of tokens within groups: along time at each patch position, or among the patches of each frame."""
+
+    def __init__(self, config: TestaVideoConfig):
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        token_sizes: Tensor,
+        class_tokens: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+        """Attend within each of G groups of S tokens.
+
+        Args:
+            hidden_states: `[B, G, S, D]`.
+            token_sizes: `[B, G, S]`, read by proportional attention.
+            class_tokens: `[B, G, 1, D]`, one a group, or `[B, 1, 1, D]`, one for all groups: its query, key and value
+                are computed once, and its outputs are averaged over the groups.
+
+        Returns:
+            Tokens `[B, G, S, D]`, attention weights, class tokens in their own shape, queries and keys
+            `[B * G, heads, (1 +) S, D / heads]`.
+        """
+        B, G = hidden_states.shape[:2]
+        qkv = self.qkv(hidden_states)
+        if class_tokens is not None:
+            qkv = torch.cat([self.qkv(class_tokens).expand(-1, G, -1, -1), qkv], dim=2)
+        # [B, G, S, 3*D] -> 3 × [B*G, heads, S, D/heads]
+        query, key, value = qkv.flatten(0, 1).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, attention_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            self.size_bias(token_sizes, class_tokens is not None, query.dtype),
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        context = context.flatten(2).unflatten(0, (B, G))  # [B*G, S, heads, D/heads] -> [B, G, S, D]
+        if class_tokens is not None:
+            class_context, context = context[:, :, :1], context[:, :, 1:]
+            if class_tokens.shape[1] < G:
+                class_context = class_context.mean(dim=1, keepdim=True)
+            class_tokens = self.dropout(self.proj(class_context))
+        return self.dropout(self.proj(context)), attention_weights, class_tokens, query, key
+
+    def size_bias(self, token_sizes: Tensor, has_class_token: bool, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias `[B * G, 1, 1, (1 +) S]` by which a token counts as the patches merged into it."""
+        if not self.config.proportional_attention:
+            return None
+        if self.config._attn_implementation not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f"proportional_attention needs attn_implementation 'sdpa' or 'eager', which take a bias; it is "
+                f"{self.config._attn_implementation!r}."
+            )
+        bias = F.pad(token_sizes.log(), (int(has_class_token), 0))
+        return bias.flatten(0, 1)[:, None, None].to(dtype)
+
+
+class TestaTemporalBlock(nn.Module):
+    """Attention along time at every patch position; then similar frames merge."""
+
+    def __init__(self, config: TestaVideoConfig, num_merged: int, drop_path_rate: float):
+        super().__init__()
+        self.config = config
+        self.num_merged = num_merged
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = TestaVideoAttention(config)
+        self.temporal_fc = nn.Linear(config.hidden_size, config.hidden_size)
+        if config.use_temporal_scaling:
+            self.temporal_scaling = nn.Parameter(torch.zeros(1, config.num_frames, 1))
+        self.drop_path = StochasticDepth(drop_path_rate, mode="row")
+
+    def forward(
+        self, patches: Tensor, token_sizes: Tensor, token_map: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Update patches `[B, T, L, D]`, sizes `[B, T, L]` and the map `[B, T0, L0]` of input patches to tokens."""
+        # [B, T, L, D] -> [B, L, T, D]
+        residual, _, _, query, key = self.attention(
+            self.norm(patches).transpose(1, 2), token_sizes.transpose(1, 2), **kwargs
+        )
+        if self.config.use_temporal_scaling:
+            residual = residual * (_resize_time(self.temporal_scaling, patches.shape[1]).tanh() + 1)
+        patches = patches + self.temporal_fc(self.drop_path(residual)).transpose(1, 2)
+
+        num_frames, num_patches = patches.shape[1:3]
+        num_merged = limit_merges(self.num_merged, num_frames)
+        if num_merged == 0:
+            return patches, token_sizes, token_map
+        assignment = self.plan(query, key, num_patches, num_merged)  # [B, T]
+        patches, token_sizes = merge(patches, token_sizes, assignment, num_frames - num_merged)
+        return patches, token_sizes, _trace(token_map, flatten_frames(assignment, num_patches))
+
+    def plan(self, query: Tensor, key: Tensor, num_patches: int, num_merged: int) -> Tensor:
+        """Decide from queries and keys `[B * L, heads, T, D / heads]` which frames merge: `[B, T]`."""
+        vote = self.config.frame_matching == "vote"
+        metric = key.float().mean(dim=1).unflatten(0, (-1, num_patches))  # [B, L, T, D/heads]
+        importance = None
+        if self.config.aggregation_strategy != "geometry":
+            importance = received_attention(query, key, self.attention.scaling)
+            importance = importance.unflatten(0, (-1, num_patches)).mean(dim=1)
+        return plan_aggregation(
+            metric if vote else metric.mean(dim=1),
+            num_merged,
+            self.config.aggregation_strategy,
+            received_attention=importance,
+            vote=vote,
+        )
+
+
+class TestaSpatialBlock(nn.Module):
+    """Attention among the patches of each frame (joint attention: of the video); then similar patches merge."""
+
+    def __init__(self, config: TestaVideoConfig, num_merged: int, drop_path_rate: float):
+        super().__init__()
+        self.config = config
+        self.num_merged = num_merged
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = TestaVideoAttention(config)
+        self.drop_path = StochasticDepth(drop_path_rate, mode="row")
+
+    def forward(
+        self,
+        class_tokens: Tensor,
+        patches: Tensor,
+        token_sizes: Tensor,
+        token_map: Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Update class tokens `[B, 1 or G, 1, D]`, patches `[B, G, L, D]`, their sizes and the map of input patches."""
+        residual, _, class_residual, query, key = self.attention(
+            self.norm(patches), token_sizes, class_tokens=self.norm(class_tokens), **kwargs
+        )
+        patches = patches + self.drop_path(residual)
+        class_tokens = class_tokens + self.drop_path(class_residual)
+
+        num_groups, num_patches = patches.shape[1:3]
+        num_merged = limit_merges(self.num_merged, num_patches, class_token_ahead=True)
+        if num_merged == 0:
+            return class_tokens, patches, token_sizes, token_map
+        assignment = self.plan(query, key, num_groups, num_merged)  # [B, G, L]
+        num_slots = num_patches - num_merged
+        patches, token_sizes = merge(patches, token_sizes, assignment, num_slots)
+        return class_tokens, patches, token_sizes, _trace(token_map, flatten_patches(assignment, num_slots))
+
+    def plan(self, query: Tensor, key: Tensor, num_groups: int, num_merged: int) -> Tensor:
+        """Decide from queries and keys `[B * G, heads, 1 + L, D / heads]` which patches merge: `[B, G, L]`."""
+        importance = None
+        if self.config.aggregation_strategy != "geometry":
+            importance = received_attention(query, key, self.attention.scaling)[:, 1:].unflatten(0, (-1, num_groups))
+        return plan_aggregation(
+            key[:, :, 1:].float().mean(dim=1).unflatten(0, (-1, num_groups)),
+            num_merged,
+            self.config.aggregation_strategy,
+            received_attention=importance,
+            class_token_ahead=True,
+        )
+
+
+def _trace(token_map: Tensor, assignment: Tensor) -> Tensor:
+    return compose(token_map.flatten(1), assignment).view_as(token_map)
+
+
+class TestaMLP(nn.Module):
+    def __init__(self, config: TestaVideoConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
+
+
+class TestaVideoLayer(GradientCheckpointingLayer):
+    """Temporal attention, frame merge, spatial attention, patch merge, MLP; joint and space-only attention start at the third."""
+
+    def __init__(self, config: TestaVideoConfig, layer_idx: int):
+        super().__init__()
+        drop_path_rate = config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1)
+        self.is_divided = config.attention_type == "divided_space_time"
+        if self.is_divided:
+            self.temporal = TestaTemporalBlock(config, config.merged_frames[layer_idx], drop_path_rate)
+        self.spatial = TestaSpatialBlock(config, config.merged_patches[layer_idx], drop_path_rate)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TestaMLP(config)
+        self.drop_path = StochasticDepth(drop_path_rate, mode="row")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        token_sizes: Tensor,
+        token_map: Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Process one block.
+
+        Args:
+            hidden_states: `[B, 1 + G * S, D]`, or `[B, G * (1 + S), D]` where every group has its class token.
+            token_sizes: `[B, G, S]`, sizes of the patch tokens in G groups: frames, or one group in joint attention.
+            token_map: `[B, T, L]`, index into G * S of every input patch.
+        """
+        class_tokens, patches = self.split_class_tokens(hidden_states, *token_sizes.shape[1:])
+        if self.is_divided:
+            patches, token_sizes, token_map = self.temporal(patches, token_sizes, token_map, **kwargs)
+        class_tokens, patches, token_sizes, token_map = self.spatial(
+            class_tokens, patches, token_sizes, token_map, **kwargs
+        )
+        hidden_states = join_class_tokens(class_tokens, patches)
+        hidden_states = hidden_states + self.drop_path(self.mlp(self.norm(hidden_states)))
+        return hidden_states, token_sizes, token_map
+
+    def split_class_tokens(self, hidden_states: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, Tensor]:
+        """Return class tokens `[B, 1 or G, 1, D]` and patches `[B, G, S, D]`."""
+        if self.is_divided:
+            class_token, patches = hidden_states.split([1, num_groups * group_size], dim=1)
+            return class_token[:, None], patches.unflatten(1, (num_groups, group_size))
+        return hidden_states.unflatten(1, (num_groups, 1 + group_size)).split([1, group_size], dim=2)
+
+
+def join_class_tokens(class_tokens: Tensor, patches: Tensor) -> Tensor:
+    """Lay class tokens `[B, C, 1, D]` before their share of the patches `[B, G, S, D]`: `[B, C + G * S, D]`."""
+    num_class_tokens = class_tokens.shape[1]
+    patches = patches.flatten(1, 2).unflatten(1, (num_class_tokens, -1))
+    return torch.cat([class_tokens, patches], dim=2).flatten(1, 2)
+
+
+class TestaPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what the models can do, in one place."""
+
+    config: TestaConfig
+    base_model_prefix = "testa"
+    main_input_name = "pixel_values_videos"
+    input_modalities = ("video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TestaVideoEmbeddings", "TestaVideoLayer", "TestaTextEmbeddings", "TestaTextLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+            if module.padding_idx is not None:
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, TestaVideoEmbeddings):
+            init.trunc_normal_(module.class_token, std=std)
+            init.trunc_normal_(module.position_embeddings, std=std)
+            if hasattr(module, "time_embeddings"):
+                init.trunc_normal_(module.time_embeddings, std=std)
+        elif isinstance(module, TestaTemporalBlock):
+            # A new model starts as an image model that sees frame by frame.
+            init.zeros_(module.temporal_fc.weight)
+            if module.config.use_temporal_scaling:
+                init.zeros_(module.temporal_scaling)
+        elif isinstance(module, TestaTextEmbeddings):
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1])[None])
+        elif isinstance(module, TestaForRetrieval):
+            init.constant_(module.temperature, module.config.temperature_init)
+
+
+class TestaVideoModel(TestaPreTrainedModel):
+    """The video encoder (section 3.2 of the paper), with or without token aggregation."""
+
+    config: TestaVideoConfig
+    input_modalities = ("video",)
+    _can_record_outputs = {
+        "hidden_states": TestaVideoLayer,
+        "attentions": OutputRecorder(TestaVideoAttention, index=1, layer_name="spatial.attention"),
+        "temporal_attentions": OutputRecorder(TestaVideoAttention, index=1, layer_name="temporal.attention"),
+    }
+
+    def __init__(self, config: TestaVideoConfig):
+        super().__init__(config)
+        self.embeddings = TestaVideoEmbeddings(config)
+        self.layers = nn.ModuleList(
+            [TestaVideoLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values_videos: Tensor, **kwargs: Unpack[TransformersKwargs]) -> TestaVideoModelOutput:
+        """Encode videos.
+
+        Args:
+            pixel_values_videos: `[B, T, C, H, W]`, normalised; T, H and W may differ from the configuration (H and W
+                are multiples of the patch size).
+
+        Raises:
+            ValueError: Where the input is not five-dimensional or has another number of channels.
+        """
+        class_token, patches = self.embeddings(pixel_values_videos)
+        token_map = _number_tokens(patches)
+        class_tokens = class_token[:, None]  # [B, 1, 1, D]
+        if self.config.attention_type == "joint_space_time":
+            # One group, patch-major, so that neighbours in the sequence are neighbours in time.
+            patches = patches.transpose(1, 2).flatten(1, 2)[:, None]
+            token_map = _number_tokens(token_map.transpose(1, 2)).transpose(1, 2)
+        elif self.config.attention_type == "space_only":
+            class_tokens = class_tokens.expand(-1, patches.shape[1], -1, -1)
+
+        hidden_states = join_class_tokens(class_tokens, patches)
+        token_sizes = patches.new_ones(patches.shape[:3], dtype=torch.float32)
+        for layer in self.layers:
+            hidden_states, token_sizes, token_map = layer(hidden_states, token_sizes, token_map, **kwargs)
+        hidden_states = self.norm(hidden_states)
+
+        class_sizes = token_sizes.new_ones(*class_tokens.shape[:3], 1)
+        tokens_per_class = hidden_states.shape[1] // class_tokens.shape[1] - 1
+        output_index = token_map + token_map.div(tokens_per_class, rounding_mode="floor") + 1
+        return TestaVideoModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states.mean(dim=1),
+            token_map=torch.where(token_map < 0, -1, output_index),
+            token_sizes=join_class_tokens(class_sizes, token_sizes[..., None]).squeeze(-1),
+        )
+
+
+def _number_tokens(tokens: Tensor) -> Tensor:
+    """Number the tokens of `[B, G, S, ...]` in their order: `[B, G, S]`."""
+    B, G, S = tokens.shape[:3]
+    return torch.arange(G * S, device=tokens.device).view(1, G, S).expand(B, -1, -1)
+
+
+# --- Text encoder and decoder ----------------------------------------------------------------------------------------
+
+
+class TestaTextEmbeddings(nn.Module):
+    """BERT's word and position embeddings, without token types."""
+
+    def __init__(self, config: TestaTextConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.position_ids = nn.Buffer(torch.arange(config.max_position_embeddings)[None], persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_length: int = 0,
+    ) -> Tensor:
+        """Embed ids `[B, L]` (or take embeddings `[B, L, D]`) that follow `past_length` cached tokens."""
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if position_ids is None:
+            length, longest = inputs_embeds.shape[1] + past_length, self.position_ids.shape[1]
+            if length > longest:
+                raise ValueError(f"The text has {length} tokens; max_position_embeddings={longest} are the limit.")
+            position_ids = self.position_ids[:, past_length:length]
+        return self.dropout(self.layer_norm(inputs_embeds + self.position_embeddings(position_ids)))
+
+
+class TestaTextAttention(nn.Module):
+    """BERT's attention with its output layer and post-norm: of a text to itself, or to states of an encoder."""
+
+    def __init__(self, config: TestaTextConfig, layer_idx: int, is_cross_attention: bool = False):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_cross_attention = is_cross_attention
+        self.is_causal = config.is_decoder and not is_cross_attention
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        key_value_size = config.encoder_hidden_size if is_cross_attention else config.hidden_size
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(key_value_size, config.hidden_size)
+        self.value = nn.Linear(key_value_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from texts `[N, L, D]`.
+
+        Cross-attention reads V encoder sequences, where N is a multiple of V: each serves N / V texts in a row, whose
+        tokens are queries of one sequence, so that keys and values are neither computed nor stored more than once.
+        """
+        if self.is_cross_attention:
+            key, value = self.cross_key_value(encoder_hidden_states, past_key_values)
+        else:
+            key, value = self.key_value(hidden_states)
+            if past_key_values is not None and self.is_causal:
+                key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+        num_texts, length = hidden_states.shape[:2]
+        num_sequences = key.shape[0]
+        if num_texts % num_sequences:
+            raise ValueError(
+                f"{num_texts} texts can't share {num_sequences} encoder sequences: the first must be a multiple."
+            )
+        query = self.query(hidden_states).view(num_sequences, -1, self.num_heads, self.head_dim).transpose(1, 2)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, attention_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        context = self.dropout(self.output(context.reshape(hidden_states.shape)))
+        if attention_weights is not None:
+            # [V, heads, N/V * L, S] -> [N, heads, L, S]
+            attention_weights = attention_weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+        return self.layer_norm(context + hidden_states), attention_weights
+
+    def key_value(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Project states `[V, S, D]` to keys and values `[V, heads, S, D / heads]`."""
+        shape = (*states.shape[:2], self.num_heads, self.head_dim)
+        return self.key(states).view(shape).transpose(1, 2), self.value(states).view(shape).transpose(1, 2)
+
+    def cross_key_value(self, states: Tensor | None, cache: EncoderDecoderCache | None) -> tuple[Tensor, Tensor]:
+        """Take keys and values from the cache, or compute them from `states` and cache them."""
+        if cache is None:
+            return self.key_value(states)
+        if not cache.is_updated.get(self.layer_idx):
+            cache.cross_attention_cache.update(*self.key_value(states), self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        layer = cache.cross_attention_cache.layers[self.layer_idx]
+        return layer.keys, layer.values
+
+
+class TestaTextMLP(nn.Module):
+    def __init__(self, config: TestaTextConfig):
+        super().__init__()
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output = self.output(self.activation(self.intermediate(hidden_states)))
+        return self.layer_norm(self.dropout(output) + hidden_states)
+
+
+class TestaTextLayer(GradientCheckpointingLayer):
+    """Self-attention, cross-attention where there is something to attend to, MLP."""
+
+    def __init__(self, config: TestaTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attention = TestaTextAttention(config, layer_idx)
+        self.cross_attention = TestaTextAttention(config, layer_idx, is_cross_attention=True)
+        self.mlp = TestaTextMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        has_encoder: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        hidden_states, _ = self.self_attention(
+            hidden_states, attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        if has_encoder:
+            hidden_states, _ = self.cross_attention(
+                hidden_states, encoder_attention_mask, encoder_hidden_states, past_key_values, **kwargs
+            )
+        return self.mlp(hidden_states)
+
+
+class TestaTextModel(TestaPreTrainedModel):
+    """BERT that reads a text alone, reads it together with a video, or (`config.is_decoder`) predicts it token by token.
+
+    The text arrives as the tokenizer gives it; which token comes first ([CLS], [ENC], [DEC]) is the caller's choice.
+    """
+
+    config: TestaTextConfig
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "hidden_states": TestaTextLayer,
+        "attentions": OutputRecorder(TestaTextAttention, index=1, layer_name="self_attention"),
+        "cross_attentions": OutputRecorder(TestaTextAttention, index=1, layer_name="cross_attention"),
+    }
+
+    def __init__(self, config: TestaTextConfig):
+        super().__init__(config)
+        self.embeddings = TestaTextEmbeddings(config)
+        self.layers = nn.ModuleList(
+            [TestaTextLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.embeddings.word_embeddings = value
+
+    def cache_cross_attention(self, encoder_hidden_states: Tensor) -> EncoderDecoderCache:
+        """Compute the cross-attention keys and values of encoder states `[V, S, D]` once, to be passed as `past_key_values`.
+
+        A text encoder may use the cache for any number of texts; a decoder adds its own tokens to it.
+        """
+        cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        for layer in self.layers:
+            layer.cross_attention.cross_key_value(encoder_hidden_states, cache)
+        return cache
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Read texts.
+
+        Args:
+            input_ids: `[N, L]`.
+            attention_mask: `[N, L]`, 0 at padding (with a cache: `[N, past + L]`).
+            encoder_hidden_states: `[V, S, D]`, states to cross-attend to. N is a multiple of V, and each sequence
+                serves N / V texts in a row.
+            encoder_attention_mask: `[V, S]`, 0 at padding.
+            past_key_values: A decoder's cache, or what [`cache_cross_attention`] returned.
+            inputs_embeds: `[N, L, D]`, instead of `input_ids`.
+            position_ids: `[N, L]`, instead of counting on from the cache.
+            use_cache: Whether a decoder returns its cache.
+
+        Raises:
+            ValueError: Where not exactly one of `input_ids` and `inputs_embeds` is given, the text is longer than
+                `max_position_embeddings`, or N is no multiple of V.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` is needed.")
+        use_cache = bool(use_cache) and self.config.is_decoder
+        if use_cache and not isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values = EncoderDecoderCache(
+                past_key_values or DynamicCache(config=self.config), DynamicCache(config=self.config)
+            )
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids, past_length)
+
+        create_mask = create_causal_mask if self.config.is_decoder else create_bidirectional_mask
+        attention_mask = create_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values if self.config.is_decoder else None,
+        )
+        has_encoder = encoder_hidden_states is not None or (
+            past_key_values is not None and past_key_values.is_updated.get(0, False)
+        )
+        if has_encoder and encoder_attention_mask is not None:
+            encoder_attention_mask = create_bidirectional_mask(
+                config=self.config,
+                # One row of queries: the mask is the same for all tokens of all texts that share a sequence.
+                inputs_embeds=hidden_states[: encoder_attention_mask.shape[0], :1],
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=hidden_states.new_empty(*encoder_attention_mask.shape, 0),
+            )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values=past_key_values,
+                has_encoder=has_encoder,
+                **kwargs,
+            )
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, 0],
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+# --- Both encoders ---------------------------------------------------------------------------------------------------
+
+
+class TestaModel(TestaPreTrainedModel):
+    """The video encoder and the text encoder, without heads."""
+
+    def __init__(self, config: TestaConfig):
+        super().__init__(config)
+        self.video_model = TestaVideoModel(config.video_config)
+        self.text_model = TestaTextModel(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> TestaVideoModelOutput:
+        """Encode videos `[B, T, C, H, W]`; `pooler_output [B, D]` is pooled as `config.video_pooling` says."""
+        output = self.video_model(pixel_values_videos, **kwargs)
+        if self.config.video_pooling == "cls":
+            output.pooler_output = output.last_hidden_state[:, 0]
+        return output
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Encode texts `[B, L]`; `pooler_output [B, D]` is the first token's state."""
+        return self.text_model(input_ids, attention_mask, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TestaModelOutput:
+        """Encode videos `[B, T, C, H, W]` and texts `[N, L]`, each by itself."""
+        video_output = self.get_video_features(pixel_values_videos, **kwargs)
+        text_output = self.get_text_features(input_ids, attention_mask, **kwargs)
+        return TestaModelOutput(
+            video_features=video_output.pooler_output,
+            text_features=text_output.pooler_output,
+            video_model_output=video_output,
+            text_model_output=text_output,
+        )
+
+
+# --- Task heads ------------------------------------------------------------------------------------------------------
+
+
+class TestaForRetrieval(TestaPreTrainedModel):
+    """Videos and texts in one embedding space, and a head that reads a text together with a video to tell if they match."""
+
+    def __init__(self, config: TestaConfig):
+        super().__init__(config)
+        self.testa = TestaModel(config)
+        self.video_projection = nn.Linear(config.video_config.hidden_size, config.projection_dim)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
+        self.temperature = nn.Parameter(torch.tensor(config.temperature_init))
+        self.matching_head = nn.Linear(config.text_config.hidden_size, 2)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.testa.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.testa.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> TestaVideoModelOutput:
+        """Encode videos `[B, T, C, H, W]`; `pooler_output [B, projection_dim]` is the embedding, of length 1."""
+        output = self.testa.get_video_features(pixel_values_videos, **kwargs)
+        output.pooler_output = F.normalize(self.video_projection(output.pooler_output), dim=-1)
+        return output
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Encode texts `[B, L]`; `pooler_output [B, projection_dim]` is the embedding, of length 1."""
+        output = self.testa.get_text_features(input_ids, attention_mask, **kwargs)
+        output.pooler_output = F.normalize(self.text_projection(output.pooler_output), dim=-1)
+        return output
+
+    def match(
+        self,
+        video_hidden_states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Read texts together with videos.
+
+        Args:
+            video_hidden_states: `[V, S, D]`, the `last_hidden_state` of videos. The number of texts is a multiple of V;
+                each video serves N / V texts in a row, and its keys and values are computed once.
+            input_ids: `[N, L]`, texts as the tokenizer gives them.
+            attention_mask: `[N, L]`.
+
+        Returns:
+            Logits `[N, 2]`; index 1 means that text and video match.
+        """
+        input_ids = _replace_first_token(input_ids, self.config.text_config.enc_token_id)
+        output = self.testa.text_model(input_ids, attention_mask, encoder_hidden_states=video_hidden_states, **kwargs)
+        return self.matching_head(output.last_hidden_state[:, 0])
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pair_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TestaRetrievalOutput:
+        """Compare videos with texts, and compute the losses of their pairs.
+
+        Args:
+            pixel_values_videos: `[B, T, C, H, W]`.
+            input_ids: `[N, L]`; with a loss, N = B and text i belongs to video i.
+            attention_mask: `[N, L]`.
+            pair_ids: `[B]` integers, equal for samples that show the same video: these count as each other's positives
+                in the contrastive loss and are never each other's negatives. Without them every sample is a video of
+                its own.
+            return_loss: Whether to compute the losses; by default in training mode and where `pair_ids` are given.
+        """
+        video_output = self.get_video_features(pixel_values_videos, **kwargs)
+        text_output = self.get_text_features(input_ids, attention_mask, **kwargs)
+        video_embeds, text_embeds = video_output.pooler_output, text_output.pooler_output
+        # The released training keeps the temperature within these bounds.
+        logits_per_video = video_embeds @ text_embeds.t() / self.temperature.clamp(0.001, 0.5)
+
+        loss = loss_vtc = loss_vtm = None
+        if return_loss is None:
+            return_loss = self.training or pair_ids is not None
+        if return_loss:
+            if len(video_embeds) != len(text_embeds):
+                raise ValueError(f"A loss needs pairs; got {len(video_embeds)} videos and {len(text_embeds)} texts.")
+            if pair_ids is None:
+                pair_ids = torch.arange(len(video_embeds), device=video_embeds.device)
+            targets = same_pair_targets(pair_ids, pair_ids)
+            loss_vtc = contrastive_loss(logits_per_video, logits_per_video.t(), targets, targets)
+            loss_vtm = self.matching_loss(
+                video_output.last_hidden_state, input_ids, attention_mask, logits_per_video, targets > 0, **kwargs
+            )
+            loss = loss_vtc + loss_vtm
+        return TestaRetrievalOutput(
+            loss=loss,
+            loss_vtc=loss_vtc,
+            loss_vtm=loss_vtm,
+            logits_per_video=logits_per_video,
+            logits_per_text=logits_per_video.t(),
+            video_embeds=video_embeds,
+            text_embeds=text_embeds,
+            video_model_output=video_output,
+            text_model_output=text_output,
+        )
+
+    def matching_loss(
+        self,
+        video_hidden_states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        logits_per_video: Tensor,
+        is_positive: Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Match every text with its video and with a hard negative video, and every video with a hard negative text."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        negative_video, text_has_negative = sample_hard_negatives(logits_per_video.t(), is_positive)
+        negative_text, video_has_negative = sample_hard_negatives(logits_per_video, is_positive)
+        # Each video is read with its own text and a negative one: [B, 2, L] -> [2 * B, L]
+        both_ids = torch.stack([input_ids, input_ids[negative_text]], dim=1).flatten(0, 1)
+        both_masks = torch.stack([attention_mask, attention_mask[negative_text]], dim=1).flatten(0, 1)
+        logits = self.match(video_hidden_states, both_ids, both_masks, **kwargs).unflatten(0, (-1, 2))
+        negative_logits = self.match(video_hidden_states[negative_video], input_ids, attention_mask, **kwargs)
+        return matching_loss(
+            logits[:, 0],
+            torch.cat([negative_logits, logits[:, 1]]),
+            torch.cat([text_has_negative, video_has_negative]),
+        )
+
+
+def _replace_first_token(input_ids: Tensor, token_id: int) -> Tensor:
+    return torch.cat([torch.full_like(input_ids[:, :1], token_id), input_ids[:, 1:]], dim=1)
+
+
+__all__ = ["TestaForRetrieval", "TestaModel", "TestaPreTrainedModel", "TestaTextModel", "TestaVideoModel"]
