@@ -1,9 +1,11 @@
 """Long-video-and-language models with temporal-spatial token aggregation (TESTA) for Transformers."""
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoVideoProcessor
 
 from .configuration_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
 from .modeling_testa import TestaForRetrieval, TestaModel, TestaPreTrainedModel, TestaTextModel, TestaVideoModel
+from .processing_testa import TestaProcessor
+from .video_processing_testa import TestaVideoProcessor, VideoDecodingError
 
 
 for _config, _model in (
@@ -13,14 +15,19 @@ for _config, _model in (
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
+AutoVideoProcessor.register(TestaConfig, TestaVideoProcessor, exist_ok=True)
+AutoProcessor.register(TestaConfig, TestaProcessor, exist_ok=True)
 
 __all__ = [
     "TestaConfig",
     "TestaForRetrieval",
     "TestaModel",
     "TestaPreTrainedModel",
+    "TestaProcessor",
     "TestaTextConfig",
     "TestaTextModel",
     "TestaVideoConfig",
     "TestaVideoModel",
+    "TestaVideoProcessor",
+    "VideoDecodingError",
 ]

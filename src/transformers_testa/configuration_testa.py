@@ -12,7 +12,7 @@ class _TestaBaseConfig(PreTrainedConfig):
         # The base class stores any unknown argument as an attribute: a misspelt field would silently do nothing.
         names = [field.name for field in fields(self)]
         for argument in kwargs:
-            if close := get_close_matches(argument, names, n=1, cutoff=0.8):
+            if close := get_close_matches(argument, names, n=1, cutoff=0.88):
                 raise ValueError(f"{type(self).__name__} has no field `{argument}`; did you mean `{close[0]}`?")
         super().__post_init__(**kwargs)
         # Called here as well as by @strict, which would wrap the error into one that is no ValueError.

@@ -625,7 +625,7 @@ class TestaTextAttention(nn.Module):
             **kwargs,
         )
         context = self.dropout(self.output(context.reshape(hidden_states.shape)))
-        if attention_weights is not None:
+        if attention_weights is not None and num_sequences < num_texts:
             # [V, heads, N/V * L, S] -> [N, heads, L, S]
             attention_weights = attention_weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
         return self.layer_norm(context + hidden_states), attention_weights
@@ -827,7 +827,7 @@ class TestaModel(TestaPreTrainedModel):
         self, pixel_values_videos: Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> TestaVideoModelOutput:
         """Encode videos `[B, T, C, H, W]`; `pooler_output [B, D]` is pooled as `config.video_pooling` says."""
-        output = self.video_model(pixel_values_videos, **kwargs)
+        output = self.video_model(pixel_values_videos, return_dict=True, **kwargs)
         if self.config.video_pooling == "cls":
             output.pooler_output = output.last_hidden_state[:, 0]
         return output
@@ -837,7 +837,7 @@ class TestaModel(TestaPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Encode texts `[B, L]`; `pooler_output [B, D]` is the first token's state."""
-        return self.text_model(input_ids, attention_mask, **kwargs)
+        return self.text_model(input_ids, attention_mask, return_dict=True, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -848,8 +848,8 @@ class TestaModel(TestaPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TestaModelOutput:
         """Encode videos `[B, T, C, H, W]` and texts `[N, L]`, each by itself."""
-        video_output = self.get_video_features(pixel_values_videos, **kwargs)
-        text_output = self.get_text_features(input_ids, attention_mask, **kwargs)
+        video_output = self.get_video_features(pixel_values_videos, return_dict=True, **kwargs)
+        text_output = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
         return TestaModelOutput(
             video_features=video_output.pooler_output,
             text_features=text_output.pooler_output,
@@ -884,7 +884,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
         self, pixel_values_videos: Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> TestaVideoModelOutput:
         """Encode videos `[B, T, C, H, W]`; `pooler_output [B, projection_dim]` is the embedding, of length 1."""
-        output = self.testa.get_video_features(pixel_values_videos, **kwargs)
+        output = self.testa.get_video_features(pixel_values_videos, return_dict=True, **kwargs)
         output.pooler_output = F.normalize(self.video_projection(output.pooler_output), dim=-1)
         return output
 
@@ -893,7 +893,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Encode texts `[B, L]`; `pooler_output [B, projection_dim]` is the embedding, of length 1."""
-        output = self.testa.get_text_features(input_ids, attention_mask, **kwargs)
+        output = self.testa.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
         output.pooler_output = F.normalize(self.text_projection(output.pooler_output), dim=-1)
         return output
 
@@ -940,8 +940,8 @@ class TestaForRetrieval(TestaPreTrainedModel):
                 its own.
             return_loss: Whether to compute the losses; by default in training mode and where `pair_ids` are given.
         """
-        video_output = self.get_video_features(pixel_values_videos, **kwargs)
-        text_output = self.get_text_features(input_ids, attention_mask, **kwargs)
+        video_output = self.get_video_features(pixel_values_videos, return_dict=True, **kwargs)
+        text_output = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
         video_embeds, text_embeds = video_output.pooler_output, text_output.pooler_output
         # The released training keeps the temperature within these bounds.
         logits_per_video = video_embeds @ text_embeds.t() / self.temperature.clamp(0.001, 0.5)

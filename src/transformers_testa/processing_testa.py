@@ -11,7 +11,8 @@ class TestaProcessor(ProcessorMixin):
     unless `truncation=False`. Keyword arguments of both parts are accepted; an unknown one is a ValueError.
     """
 
-    text_kwargs = {"truncation": True, "return_token_type_ids": False}
+    text_kwargs = {"truncation": True}
+    unused_input_names = ["token_type_ids"]
 
     def __init__(self, video_processor=None, tokenizer=None, **kwargs):
         super().__init__(video_processor, tokenizer, **kwargs)
@@ -21,9 +22,12 @@ class TestaProcessor(ProcessorMixin):
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        schema = self.valid_processor_kwargs.__annotations__
-        known = (
-            schema.keys() | schema["text_kwargs"].__annotations__ | self.video_processor.valid_kwargs.__annotations__
-        )
+        schemas = self.valid_processor_kwargs.__annotations__
+        known = {
+            "common_kwargs",
+            *schemas,
+            *schemas["text_kwargs"].__annotations__,
+            *self.video_processor.valid_kwargs.__annotations__,
+        }
         if unknown := sorted(kwargs.keys() - known):
             raise ValueError(f"{', '.join(unknown)}: no such argument of {type(self).__name__}.")

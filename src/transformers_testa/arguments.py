@@ -1,0 +1,206 @@
+"""Arguments that the scripts share, and recipes: files of arguments that the command line overrides."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from transformers_testa.data.annotations import BENCHMARKS
+
+
+@dataclass
+class ModelArguments:
+    """Which model. `free` names, here and below, the arguments that may change when a run goes on from a checkpoint."""
+
+    free: ClassVar[tuple[str, ...]] = ("config_name", "attn_implementation")
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A trained model, to go on from or to use."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "For new weights: a folder of config.json, processor and tokenizer."}
+    )
+    merged_frames_per_layer: int | None = field(default=None, metadata={"help": "The paper's R_T; else the config's."})
+    merged_patches_per_layer: int | None = field(default=None, metadata={"help": "R_S; else the config's."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise ValueError("Give either model_name_or_path (trained weights) or config_name (new weights).")
+
+
+@dataclass
+class DataArguments:
+    """Which videos and texts, and what is taken of them."""
+
+    free: ClassVar[tuple[str, ...]] = (
+        *("dataset_name", "data_dir", "train_file", "validation_file", "test_file", "video_root", "cache_frames"),
+    )
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": f"A benchmark ({', '.join(BENCHMARKS)}), instead of the three files."}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Holds the annotation files of dataset_name."})
+    train_file: str | None = field(default=None, metadata={"help": "JSONL or CSV with video, video_id, text."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    test_file: str | None = field(default=None, metadata={"help": "The same, for the test at the end."})
+    video_root: str | None = field(
+        default=None, metadata={"help": "Holds the videos; else where the annotations are."}
+    )
+    max_words: int | None = field(
+        default=None,
+        metadata={"help": "Words, and tokens, kept of a text; the benchmark's number or 64 if not given."},
+    )
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video; else the processor's number."})
+    frame_sampling: str | None = field(default=None, metadata={"help": "uniform, middle, ...; else the processor's."})
+    train_frame_sampling: str | None = field(default=None, metadata={"help": "Another one for training, say jitter."})
+    cache_frames: bool = field(default=False, metadata={"help": "Decode each video once, into a file on disk."})
+    group_distractors: bool = field(
+        default=False, metadata={"help": "Train on a video and the distractor that its row names in the same batch."}
+    )
+
+    def __post_init__(self):
+        if self.dataset_name is not None and self.data_dir is None:
+            raise ValueError(f"data_dir is missing: the folder of the annotation files of {self.dataset_name}.")
+        if self.max_words is None:
+            self.max_words = BENCHMARKS[self.dataset_name].max_words if self.dataset_name in BENCHMARKS else 64
+
+
+@dataclass
+class TrainingArguments:
+    """How a model is trained and evaluated."""
+
+    free: ClassVar[tuple[str, ...]] = (
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict"),
+        *("eval_before_training", "per_device_eval_batch_size", "eval_steps", "save_steps", "logging_steps"),
+        *("num_workers", "report_to"),
+    )
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where checkpoints, the trained model and the results go."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the checkpoints in output_dir and start over."}
+    )
+    resume_from_checkpoint: str = field(
+        default="auto",
+        metadata={"help": "auto (the newest checkpoint in output_dir, if there is one) or a checkpoint's folder."},
+    )
+    do_train: bool = field(default=False, metadata={"help": "Train on the training split."})
+    do_eval: bool = field(default=False, metadata={"help": "Evaluate on the validation split, during training too."})
+    do_predict: bool = field(default=False, metadata={"help": "Evaluate on the test split at the end."})
+    eval_before_training: bool = field(
+        default=False, metadata={"help": "Evaluate before the first step as well, on the same splits."}
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "The highest learning rate."})
+    warmup_start_learning_rate: float | None = field(
+        default=None, metadata={"help": "Where the warm-up starts; learning_rate / warm-up steps if not given."}
+    )
+    min_learning_rate: float = field(default=0.0, metadata={"help": "Where the cosine ends."})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps that are warm-up."})
+    warmup_steps: int | None = field(default=None, metadata={"help": "Steps of warm-up, instead of warmup_ratio."})
+    weight_decay: float = field(default=0.05, metadata={"help": "For the weights of linear and convolution layers."})
+    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training set."})
+    max_train_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps, instead of num_train_epochs."}
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs in a batch, at least 2."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Videos, or texts, in an evaluation batch."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches in an optimizer step."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    mixed_precision: Literal["no", "bf16"] = field(default="no", metadata={"help": "no (float32) or bf16."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Save memory, take about a third longer."})
+    seed: int = field(default=42, metadata={"help": "Of new weights, data order, frame sampling and dropout."})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Steps between evaluations; an epoch if not given."}
+    )
+    save_steps: int | None = field(
+        default=None, metadata={"help": "Steps between checkpoints; an epoch if not given."}
+    )
+    logging_steps: int = field(default=10, metadata={"help": "Steps between reports of the loss."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode videos."})
+    report_to: str = field(default="none", metadata={"help": "A tracker of Accelerate, such as tensorboard, or none."})
+
+    def __post_init__(self):
+        lowest = {"per_device_train_batch_size": 2, "warmup_steps": 0, "num_workers": 0}
+        for argument in dataclasses.fields(self):
+            value, least = getattr(self, argument.name), lowest.get(argument.name, 1)
+            if argument.type in (int, int | None) and argument.name != "seed" and value is not None and value < least:
+                raise ValueError(f"{argument.name} is {value}; at least {least} is needed.")
+        if (self.do_train or self.do_eval or self.do_predict) and self.output_dir is None:
+            raise ValueError("output_dir is missing: the folder where checkpoints, model and results go.")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; a share of the steps, 0 to 1, is needed.")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; a positive number is needed.")
+
+
+def parse_arguments(argument_classes: tuple[type, ...], arguments: list[str]) -> tuple[Any, ...]:
+    """Read `[recipe.yaml] [--name value ...]`; what is named on the command line overrides the recipe.
+
+    Args:
+        argument_classes: Dataclasses that the arguments belong to.
+        arguments: The command line without the script's name. A recipe is a `.yaml`, `.yml` or `.json` file of one
+            mapping.
+
+    Returns:
+        One object a class.
+
+    Raises:
+        ValueError: The recipe can't be read, or an argument doesn't exist (the nearest name is suggested).
+    """
+    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
+        arguments = [*_recipe_as_arguments(Path(arguments[0]), argument_classes), *arguments[1:]]
+    parser = HfArgumentParser(argument_classes, allow_abbrev=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    for name in unknown:
+        if name.startswith("--"):
+            raise ValueError(
+                _unknown_argument(name.lstrip("-").partition("=")[0], argument_classes, "The command line")
+            )
+    if unknown:
+        raise ValueError(f"The command line has {unknown[0]!r}, which belongs to no argument.")
+    return tuple(parsed)
+
+
+def _recipe_as_arguments(file: Path, argument_classes: tuple[type, ...]) -> list[str]:
+    if not file.is_file():
+        raise ValueError(f"The recipe {file} doesn't exist.")
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe {file} can't be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {file} must be a mapping of argument names to values.")
+    switches = {
+        argument.name for group in argument_classes for argument in dataclasses.fields(group) if argument.type is bool
+    }
+    arguments = []
+    for name, value in recipe.items():
+        if name not in _argument_names(argument_classes):
+            raise ValueError(_unknown_argument(str(name), argument_classes, f"The recipe {file}"))
+        if value is False and name not in switches:
+            value = "no"  # which YAML takes for false: `mixed_precision: no`
+        if value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def _argument_names(argument_classes: tuple[type, ...]) -> list[str]:
+    return [argument.name for group in argument_classes for argument in dataclasses.fields(group)]
+
+
+def _unknown_argument(name: str, argument_classes: tuple[type, ...], place: str) -> str:
+    close = get_close_matches(name, _argument_names(argument_classes), n=1)
+    return f"{place} has `{name}`, which is no argument" + (f"; did you mean `{close[0]}`?" if close else ".")
+
+
+def as_recipe(*arguments: Any) -> dict[str, Any]:
+    """Return the arguments of all groups as one mapping, which [`parse_arguments`] reads back from a YAML file."""
+    return {name: value for group in arguments for name, value in dataclasses.asdict(group).items()}

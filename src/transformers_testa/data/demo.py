@@ -1,0 +1,236 @@
+"""Make the demo world: long videos that tell stories, with paragraphs and questions, in the ordinary file format.
+
+    python -m transformers_testa.data.demo --output_dir demo_stories
+
+Videos come in pairs of twins: the same scenes in two orders. Each names the other as its `distractor`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from .rendering import render_scene, write_video
+from .sprites import SPLITS, cutout_kinds, digit_kinds, readable_images, shape_kinds
+from .stories import ObjectKind, Story, World, plan_story, twin_of
+from .storytelling import ask, tell
+
+
+PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass
+class DemoArguments:
+    output_dir: str = field(metadata={"help": "Folder for the videos and annotation files."})
+    num_train: int = field(default=1600, metadata={"help": "Number of training videos, twins included: even."})
+    num_validation: int = field(default=100, metadata={"help": "Number of validation videos, even."})
+    num_test: int = field(default=200, metadata={"help": "Number of test videos, even."})
+    objects: str = field(
+        default="shapes",
+        metadata={"help": "'shapes', or a folder of cut-outs: PNG files, each with its caption in a .txt beside it."},
+    )
+    digits: bool = field(
+        default=True, metadata={"help": "Whether handwritten digits from scikit-learn join the shapes."}
+    )
+    backgrounds: str | None = field(
+        default=None, metadata={"help": "Folder of photographs (jpg, png) to use instead of drawn backgrounds."}
+    )
+    image_size: int = field(default=96, metadata={"help": "Width and height of the videos in pixels, even."})
+    fps: int = field(default=8, metadata={"help": "Frames per second of the videos."})
+    seconds_per_scene: list[float] = field(
+        default_factory=lambda: [2.0, 4.0], metadata={"help": "Least and greatest length of a scene in seconds."}
+    )
+    min_scenes: int = field(default=6, metadata={"help": "Least number of scenes in a video."})
+    max_scenes: int = field(default=12, metadata={"help": "Greatest number of scenes in a video."})
+    seed: int = field(default=0, metadata={"help": "All files follow from this number and the options above."})
+    num_processes: int | None = field(
+        default=None, metadata={"help": "Number of processes that draw videos; one for each core if not given."}
+    )
+
+    def __post_init__(self):
+        for split in SPLITS:
+            number = getattr(self, f"num_{split}")
+            if number < 2 or number % 2:
+                raise ValueError(f"num_{split}={number} should be even and at least 2: each video has a twin.")
+        if self.image_size < 16 or self.image_size % 2:
+            raise ValueError(f"image_size={self.image_size} should be even, as H.264 needs it, and at least 16.")
+        if self.fps < 1:
+            raise ValueError(f"fps={self.fps} should be at least 1.")
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"num_processes={self.num_processes} should be at least 1.")
+        if len(self.seconds_per_scene) != 2:
+            raise ValueError(f"seconds_per_scene={self.seconds_per_scene} should be two numbers: least and greatest.")
+
+
+def make_demo(arguments: DemoArguments) -> int:
+    """Write the videos and, once all are there, the annotation files.
+
+    Videos that exist are kept, so an interrupted run can be repeated to finish it. The files are:
+
+    - `{train,validation,test}.jsonl`: `video`, `video_id`, `text`, `distractor`;
+    - `{train,validation,test}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`, `answers`, `answer_weights`,
+      `question_type`;
+    - `videos/*.mp4`, and `demo.json` with the arguments.
+
+    Returns:
+        How many videos were written: 0 if the folder was complete.
+
+    Raises:
+        ValueError: If the folder holds a demo made with other arguments, or there are not enough objects.
+    """
+    output_dir = Path(arguments.output_dir)
+    worlds = _build_worlds(arguments)
+    _claim_folder(output_dir, arguments)
+    stories = {
+        split: _plan_split(worlds[split], split, getattr(arguments, f"num_{split}"), arguments.seed)
+        for split in SPLITS
+    }
+    (output_dir / "videos").mkdir(exist_ok=True)
+    missing = [
+        (output_dir / _video_file(video_id), story)
+        for split in SPLITS
+        for video_id, story in stories[split].items()
+        if not (output_dir / _video_file(video_id)).is_file()
+    ]
+    _write_videos(missing, arguments)
+    for split in SPLITS:
+        rows, questions = _annotate(stories[split], arguments.seed)
+        _write_lines(output_dir / f"{split}.jsonl", rows)
+        _write_lines(output_dir / f"{split}_qa.jsonl", questions)
+    return len(missing)
+
+
+def _build_worlds(arguments: DemoArguments) -> dict[str, World]:
+    kinds = _find_kinds(arguments)
+    photographs = _find_photographs(arguments.backgrounds) if arguments.backgrounds else ()
+    worlds = {}
+    for split in SPLITS:
+        try:
+            worlds[split] = World(
+                kinds=kinds[split],
+                photographs=photographs,
+                min_scenes=arguments.min_scenes,
+                max_scenes=arguments.max_scenes,
+                seconds_per_scene=tuple(arguments.seconds_per_scene),
+            )
+        except ValueError as error:
+            raise ValueError(f"The {split} split can't be made: {error}") from error
+    return worlds
+
+
+def _find_kinds(arguments: DemoArguments) -> dict[str, tuple[ObjectKind, ...]]:
+    if arguments.objects != "shapes":
+        return cutout_kinds(arguments.objects)
+    return {split: shape_kinds() + (digit_kinds(split) if arguments.digits else ()) for split in SPLITS}
+
+
+def _find_photographs(folder: str) -> tuple[str, ...]:
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PHOTOGRAPH_SUFFIXES)
+    photographs = readable_images(paths)
+    if not photographs:
+        raise ValueError(f"backgrounds={folder!r} should be a folder that holds .jpg or .png files; it holds none.")
+    return tuple(str(path) for path in photographs)
+
+
+def _claim_folder(output_dir: Path, arguments: DemoArguments) -> None:
+    """Record what is made here, or check that it is what was made here before."""
+    wanted = {name: value for name, value in asdict(arguments).items() if name not in ("output_dir", "num_processes")}
+    file = output_dir / "demo.json"
+    if not file.is_file():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _replace(file, json.dumps(wanted, indent=2) + "\n")
+        return
+    made = json.loads(file.read_text(encoding="utf-8"))
+    if changed := [name for name in wanted if made.get(name) != wanted[name]]:
+        differences = ", ".join(f"{name}={made.get(name)!r} (now {wanted[name]!r})" for name in changed)
+        raise ValueError(
+            f"{output_dir} holds a demo made with {differences}. Give another output_dir, or delete this folder first."
+        )
+
+
+def _plan_split(world: World, split: str, num_videos: int, seed: int) -> dict[str, Story]:
+    """Stories by video_id, each followed by its twin."""
+    stories = {}
+    for index in range(0, num_videos, 2):
+        rng = random.Random(f"plan {seed} {split} {index}")
+        story = plan_story(world, rng)
+        stories[f"{split}-{index:05}"] = story
+        stories[f"{split}-{index + 1:05}"] = twin_of(story, rng)
+    return stories
+
+
+def _video_file(video_id: str) -> str:
+    return f"videos/{video_id}.mp4"
+
+
+def _write_videos(videos: list[tuple[Path, Story]], arguments: DemoArguments) -> None:
+    draw = partial(_draw_video, image_size=arguments.image_size, fps=arguments.fps)
+    num_processes = min(arguments.num_processes or os.cpu_count() or 1, len(videos))
+    progress = partial(tqdm, total=len(videos), desc="Drawing videos", unit="video", disable=not videos)
+    if num_processes <= 1:
+        list(progress(map(draw, videos)))
+        return
+    with ProcessPoolExecutor(num_processes) as pool:
+        list(progress(pool.map(draw, videos, chunksize=4)))
+
+
+def _draw_video(video: tuple[Path, Story], image_size: int, fps: int) -> None:
+    path, story = video
+    frames = chain.from_iterable(render_scene(scene, image_size, fps) for scene in story.scenes)
+    write_video(path, frames, image_size, fps)
+
+
+def _annotate(stories: dict[str, Story], seed: int) -> tuple[list[dict], list[dict]]:
+    """The rows of a split: one a video, and one a question."""
+    video_ids = list(stories)
+    rows, questions = [], []
+    for index, (video_id, story) in enumerate(stories.items()):
+        rng = random.Random(f"tell {seed} {video_id}")
+        video = {"video": _video_file(video_id), "video_id": video_id}
+        rows.append({**video, "text": tell(story, rng), "distractor": video_ids[index ^ 1]})
+        for number, question in enumerate(ask(story, rng)):
+            questions.append(
+                {
+                    **video,
+                    "question_id": f"{video_id}-{number}",
+                    "question": question.question,
+                    "answers": [question.answer],
+                    "answer_weights": [1.0],
+                    "question_type": question.question_type,
+                }
+            )
+    return rows, questions
+
+
+def _write_lines(file: Path, rows: list[dict]) -> None:
+    if not file.is_file():
+        _replace(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _replace(file: Path, text: str) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def main():
+    (arguments,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
+    num_written = make_demo(arguments)
+    num_videos = arguments.num_train + arguments.num_validation + arguments.num_test
+    if num_written:
+        print(f"{arguments.output_dir} holds {num_videos} videos, {num_written} of them new, and their annotations.")
+    else:
+        print(f"{arguments.output_dir} already held all {num_videos} videos: nothing to do.")
+
+
+if __name__ == "__main__":
+    main()

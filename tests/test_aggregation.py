@@ -1,0 +1,177 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transformers_testa.aggregation_testa import (
+    compose,
+    flatten_frames,
+    flatten_patches,
+    limit_merges,
+    merge,
+    plan_aggregation,
+    received_attention,
+    unmerge,
+)
+
+
+STRATEGIES = ("geometry", "importance", "prune")
+
+
+@st.composite
+def plans(draw, strategies=STRATEGIES):
+    """An assignment of random tokens, with all that it was made from."""
+    num_tokens = draw(st.integers(2, 12))
+    class_token_ahead = draw(st.booleans())
+    limit = limit_merges(num_tokens, num_tokens, class_token_ahead)
+    num_merged = draw(st.integers(0, limit))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    metric = torch.randn(2, 3, num_tokens, 4, generator=generator)
+    importance = torch.rand(2, 3, num_tokens, generator=generator)
+    strategy = draw(st.sampled_from(strategies))
+    assignment = plan_aggregation(metric, num_merged, strategy, importance, class_token_ahead)
+    return metric, num_merged, strategy, importance, class_token_ahead, assignment
+
+
+@given(plans())
+@settings(deadline=None)
+def test_every_slot_is_filled_and_none_is_out_of_range(plan):
+    metric, num_merged, strategy, _, _, assignment = plan
+    num_slots = metric.shape[-2] - num_merged
+    for row in assignment.flatten(0, 1).tolist():
+        assert set(row) - {-1} == set(range(num_slots))
+        assert row.count(-1) == (num_merged if strategy == "prune" else 0)
+
+
+@given(plans(strategies=("geometry",)))
+@settings(deadline=None)
+def test_geometry_accepts_the_best_proposals_of_every_second_token(plan):
+    metric, num_merged, _, _, class_token_ahead, assignment = plan
+    for tokens, slots in zip(metric.flatten(0, 1), assignment.flatten(0, 1).tolist(), strict=True):
+        unit = tokens / tokens.norm(dim=-1, keepdim=True)
+        set_a = [n for n in range(len(tokens)) if n % 2 == int(class_token_ahead)]
+        set_b = [n for n in range(len(tokens)) if n not in set_a]
+        proposals = {a: max(set_b, key=lambda b: float(unit[a] @ unit[b])) for a in set_a}
+        similarity = {a: float(unit[a] @ unit[b]) for a, b in proposals.items()}
+        accepted = sorted(set_a, key=lambda a: -similarity[a])[:num_merged]
+        expected = [a for a in set_a if a not in accepted] + set_b
+        for token, slot in enumerate(slots):
+            assert expected[slot] == (proposals[token] if token in accepted else token)
+
+
+@given(plans(strategies=("importance", "prune")))
+@settings(deadline=None)
+def test_importance_gives_up_the_least_attended_tokens(plan):
+    metric, num_merged, strategy, importance, _, assignment = plan
+    for tokens, scores, slots in zip(
+        metric.flatten(0, 1), importance.flatten(0, 1), assignment.flatten(0, 1).tolist(), strict=True
+    ):
+        unit = tokens / tokens.norm(dim=-1, keepdim=True)
+        gone = scores.argsort(stable=True)[:num_merged].tolist()
+        kept = [n for n in range(len(tokens)) if n not in gone]
+        for token, slot in enumerate(slots):
+            if token not in gone:
+                assert kept[slot] == token
+            elif strategy == "prune":
+                assert slot == -1
+            else:
+                assert kept[slot] == max(kept, key=lambda k: float(unit[token] @ unit[k]))
+
+
+def test_importance_is_the_attention_all_others_pay():
+    """Equation 1 of the paper, as a direct loop."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    expected = torch.zeros(2, 5)
+    for n in range(2):
+        for head in range(3):
+            for j in range(5):
+                logits = torch.stack([query[n, head, j] @ key[n, head, i] for i in range(5)]) / 2
+                probabilities = logits.exp() / logits.exp().sum()
+                for i in range(5):
+                    if i != j:
+                        expected[n, i] += probabilities[i] / 3
+    torch.testing.assert_close(received_attention(query, key, scaling=0.5), expected)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3))
+@settings(deadline=None)
+def test_frames_vote_patch_by_patch(seed, num_merged):
+    metric = torch.randn(5, 8, 4, generator=torch.Generator().manual_seed(seed))  # 5 patch positions, 8 frames
+    slots = plan_aggregation(metric, num_merged, vote=True).tolist()
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    partner, score = {}, {}
+    for frame in range(0, 8, 2):
+        similarity = {(p, b): float(unit[p, frame] @ unit[p, b]) for p in range(5) for b in range(1, 8, 2)}
+        best = [max(range(1, 8, 2), key=lambda b, p=p: similarity[p, b]) for p in range(5)]
+        partner[frame] = max(range(1, 8, 2), key=best.count)
+        score[frame] = min(similarity[p, best[p]] for p in range(5))
+    accepted = sorted(partner, key=lambda frame: -score[frame])[:num_merged]
+    kept = [frame for frame in range(0, 8, 2) if frame not in accepted] + [1, 3, 5, 7]
+    assert [kept[slot] for slot in slots] == [partner[n] if n in accepted else n for n in range(8)]
+
+
+@given(plans(), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_merging_keeps_the_weighted_mean(plan, seed):
+    metric, num_merged, _, _, _, assignment = plan
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(2, 3, metric.shape[-2], 6, generator=generator)
+    sizes = torch.randint(1, 5, tokens.shape[:-1], generator=generator).float()
+    merged, merged_sizes = merge(tokens, sizes, assignment, metric.shape[-2] - num_merged)
+    for slot in range(merged.shape[-2]):
+        members = (assignment == slot)[..., None] * sizes[..., None]
+        expected = (tokens * members).sum(-2) / members.sum(-2)
+        torch.testing.assert_close(merged[..., slot, :], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(merged_sizes[..., slot], members.sum((-2, -1)))
+
+
+@given(plans())
+@settings(deadline=None)
+def test_unmerging_gives_every_token_its_slot(plan):
+    metric, num_merged, _, _, _, assignment = plan
+    values = torch.arange(metric.shape[-2] - num_merged).float()[:, None].expand(2, 3, -1, 1) + 1
+    expected = torch.where(assignment < 0, 0, assignment + 1).float()[..., None]
+    torch.testing.assert_close(unmerge(values, assignment), expected)
+
+
+def test_frames_merge_with_all_their_patches():
+    torch.manual_seed(0)
+    videos, sizes = torch.randn(2, 6, 5, 4), torch.ones(2, 6, 5)
+    assignment = torch.tensor([[0, 1, 1, 2, 2, 3], [3, 0, 0, 1, 2, 0]])
+    merged, merged_sizes = merge(videos, sizes, assignment, 4)
+    torch.testing.assert_close(merged[0, 1], videos[0, 1:3].mean(0))
+    torch.testing.assert_close(merged[1, 0], videos[1, [1, 2, 5]].mean(0))
+    assert merged_sizes[1, 0].tolist() == [3.0] * 5
+
+
+def test_composed_assignments_do_both_steps():
+    first = torch.tensor([0, 1, 1, -1, 2])
+    second = torch.tensor([1, -1, 0])
+    assert compose(first, second).tolist() == [1, -1, -1, -1, 0]
+
+
+def test_assignments_of_frames_and_patches_become_one_of_all_tokens():
+    assert flatten_frames(torch.tensor([[1, -1, 0]]), 2).tolist() == [[2, 3, -1, -1, 0, 1]]
+    assert flatten_patches(torch.tensor([[[1, 0, -1], [0, 1, 1]]]), 2).tolist() == [[1, 0, -1, 2, 3, 3]]
+
+
+@pytest.mark.parametrize(("num_tokens", "class_token_ahead", "limit"), [(8, False, 3), (9, True, 4), (1, False, 0)])
+def test_a_step_takes_at_most_half(num_tokens, class_token_ahead, limit):
+    assert limit_merges(100, num_tokens, class_token_ahead) == limit
+    assert limit_merges(0, num_tokens, class_token_ahead) == 0
+
+
+def test_merging_in_bfloat16_sums_in_float32():
+    tokens = torch.full((1, 257, 1), 1.0, dtype=torch.bfloat16)
+    assignment = torch.zeros(1, 257, dtype=torch.long)
+    merged, sizes = merge(tokens, torch.ones(1, 257), assignment, 1)
+    assert merged.dtype == torch.bfloat16 and merged.item() == 1.0  # a bfloat16 sum stops growing at 256
+    assert sizes.item() == 257
+
+
+def test_autocast_changes_no_plan():
+    metric = torch.randn(64, 50, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = plan_aggregation(metric, 10)
+    assert torch.equal(plan_aggregation(metric, 10), under_autocast)

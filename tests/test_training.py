@@ -1,0 +1,295 @@
+import json
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
+from huggingface_hub import ModelCard, ModelCardData
+from retrieval_world import tiny_config, tiny_processor, write_stories
+from torch import nn
+
+from transformers_testa import TestaForRetrieval
+from transformers_testa.arguments import TrainingArguments, as_recipe, parse_arguments
+from transformers_testa.data.annotations import load_annotations
+from transformers_testa.data.datasets import VideoTextDataset, collate_training_samples
+from transformers_testa.training import (
+    Checkpoints,
+    Progress,
+    create_accelerator,
+    create_optimizer,
+    create_scheduler,
+    run_identity,
+    train,
+    write_model_card,
+)
+
+
+@dataclass
+class GreetingArguments:
+    free: ClassVar[tuple[str, ...]] = ("greeting",)
+
+    greeting: str = "hello"
+    names: list[str] | None = None
+
+
+CLASSES = (GreetingArguments, TrainingArguments)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+# --- Recipes -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "learning_rate: 2e-5\nseed: 7\nnames: [ann, bob]\ndo_train: true\noutput_dir: o\n"
+    )
+    greeting, training = parse_arguments(CLASSES, [str(tmp_path / "recipe.yaml"), "--seed", "8", "--greeting", "hi"])
+    assert (training.learning_rate, training.seed, training.do_train) == (2e-5, 8, True)
+    assert training.mixed_precision == "no"
+    assert (greeting.greeting, greeting.names) == ("hi", ["ann", "bob"])
+
+
+def test_a_written_recipe_gives_the_same_arguments(tmp_path):
+    arguments = (
+        GreetingArguments(names=["ann"]),
+        TrainingArguments(output_dir="o", do_train=True, learning_rate=3e-7, warmup_steps=0),
+    )
+    write_model_card(tmp_path, "title", "", "", {}, as_recipe(*arguments), ModelCardData())
+    assert parse_arguments(CLASSES, [str(tmp_path / "recipe.yaml")]) == arguments
+
+
+@pytest.mark.parametrize(
+    ("recipe", "command_line", "message"),
+    [
+        (
+            "learning_rat: 1",
+            [],
+            r"recipe.yaml has `learning_rat`, which is no argument; did you mean `learning_rate`\?",
+        ),
+        ("seed: 1", ["--learning-rat", "1"], r"command line has `learning-rat`.*did you mean `learning_rate`\?"),
+        ("seed: 1", ["stray"], "'stray', which belongs to no argument"),
+        ("- seed", [], "must be a mapping"),
+        ("seed: [", [], "can't be read"),
+        ("per_device_train_batch_size: 1", [], "per_device_train_batch_size is 1; at least 2"),
+        ("num_train_epochs: 0", [], "num_train_epochs is 0; at least 1"),
+        ("warmup_ratio: 2", [], "warmup_ratio is 2.0; a share"),
+        ("do_train: true", [], "output_dir"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_named(tmp_path, recipe, command_line, message):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(CLASSES, [str(tmp_path / "recipe.yaml"), *command_line])
+
+
+def test_a_value_of_the_wrong_type_is_named(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("seed: tomorrow")
+    with pytest.raises(SystemExit):
+        parse_arguments(CLASSES, [str(tmp_path / "recipe.yaml")])
+    assert "argument --seed: invalid int value: 'tomorrow'" in capsys.readouterr().err
+
+
+# --- Optimiser and schedule --------------------------------------------------------------------------------------------
+
+
+def test_biases_norms_embeddings_and_scalars_are_not_decayed():
+    model = TestaForRetrieval(tiny_config())
+    optimizer = create_optimizer(model, TrainingArguments(weight_decay=0.3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert decayed | free == set(names.values()) and not decayed & free
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    assert {"video_projection.weight", "matching_head.weight"} <= decayed
+    assert not any("position_embeddings" in name or "word_embeddings" in name for name in decayed)
+    assert {"temperature", "video_projection.bias"} <= free
+
+
+def test_the_rate_warms_up_linearly_and_falls_on_a_cosine():
+    args = TrainingArguments(
+        learning_rate=5e-6, warmup_start_learning_rate=1e-6, min_learning_rate=5e-7, warmup_steps=5
+    )
+    optimizer = create_optimizer(nn.Linear(1, 1), args)
+    scheduler = create_scheduler(optimizer, args, num_steps=25)
+    rates = []
+    for _ in range(25):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([1e-6, 2e-6, 3e-6, 4e-6, 5e-6])
+    cosine = [5e-7 + 4.5e-6 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(1, 21)]
+    assert rates[5:] == pytest.approx(cosine)
+
+
+# --- The loop ----------------------------------------------------------------------------------------------------------
+
+
+def run(folder, output_dir, stop_after=None, model=None, config=None, evaluate=None, **kwargs):
+    """Train a tiny model on the stories of a folder and return it with its progress and its losses."""
+    defaults = {"max_train_steps": 6, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, "seed": 3}
+    args = TrainingArguments(**{**defaults, "output_dir": str(output_dir), "per_device_train_batch_size": 3, **kwargs})
+    accelerator = create_accelerator(args)
+    set_seed(args.seed)
+    model = model or TestaForRetrieval(config or tiny_config(hidden_dropout_prob=0.1))
+    processor = tiny_processor()
+    processor.video_processor.frame_sampling = "jitter"
+    dataset = VideoTextDataset(load_annotations(folder / "train.jsonl"), processor.video_processor)
+    losses = []
+
+    def collate(samples):
+        if len(losses) == stop_after:
+            raise KeyboardInterrupt
+        return collate_training_samples(samples, processor, max_words=16)
+
+    hook = model.register_forward_hook(lambda module, inputs, output: losses.append(output.loss.item()))
+    progress = train(
+        args, accelerator, model, dataset, collate, run_identity(model, dataset, args), evaluate, "recall@1"
+    )
+    hook.remove()
+    return model, progress, losses
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    return write_stories(tmp_path_factory.mktemp("stories"), num_train=8)
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(stories, tmp_path, accumulation):
+    kwargs = {"gradient_accumulation_steps": accumulation}
+    whole, whole_progress, whole_losses = run(stories, tmp_path / "whole", **kwargs)
+    with pytest.raises(KeyboardInterrupt):
+        run(stories, tmp_path / "stopped", stop_after=3 * accumulation, **kwargs)
+    resumed, progress, losses = run(stories, tmp_path / "stopped", **kwargs)
+    assert losses == whole_losses[2 * accumulation :]
+    assert torch.equal(weights(resumed), weights(whole)) and progress == whole_progress
+
+
+def test_a_finished_run_is_not_trained_again(stories, tmp_path):
+    first, progress, _ = run(stories, tmp_path)
+    again, same_progress, losses = run(stories, tmp_path)
+    assert losses == [] and same_progress == progress and torch.equal(weights(first), weights(again))
+
+
+def test_the_last_two_checkpoints_are_kept_and_nothing_half_written(stories, tmp_path):
+    (tmp_path / "checkpoint-1.partial").mkdir()
+    run(stories, tmp_path)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_an_older_checkpoint_can_be_gone_on_from(stories, tmp_path):
+    whole, _, whole_losses = run(stories, tmp_path)
+    again, _, losses = run(stories, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert losses == whole_losses[4:] and torch.equal(weights(again), weights(whole))
+
+
+def test_a_checkpoint_of_another_run_is_refused_unless_overwritten(stories, tmp_path):
+    run(stories, tmp_path, max_train_steps=2)
+    with pytest.raises(ValueError, match=r"checkpoint-2 .*another run: `learning_rate` is 0.001 there and 0.01 here"):
+        run(stories, tmp_path, max_train_steps=2, learning_rate=0.01)
+    _, progress, losses = run(stories, tmp_path, max_train_steps=2, learning_rate=0.01, overwrite_output_dir=True)
+    assert len(losses) == 2 and progress.step == 2
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(stories, tmp_path):
+    run(stories, tmp_path, max_train_steps=2)
+    with pytest.raises(ValueError, match=r"`config.video_config.num_hidden_layers` is 2 there and 1 here"):
+        run(stories, tmp_path, max_train_steps=2, config=tiny_config(num_hidden_layers=1))
+
+
+def test_a_folder_without_a_checkpoint_is_named(stories, tmp_path):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint is .*nowhere', where no checkpoint is"):
+        run(stories, tmp_path, resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_accumulated_gradients_step_once(stories, tmp_path):
+    _, progress, losses = run(stories, tmp_path, max_train_steps=2, gradient_accumulation_steps=3)
+    assert len(losses) == 6 and (progress.step, progress.batches) == (2, 6)
+
+
+def test_the_loss_falls(stories, tmp_path):
+    _, _, losses = run(
+        stories, tmp_path, max_train_steps=30, per_device_train_batch_size=8, save_steps=100, learning_rate=3e-3
+    )
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_evaluation_comes_when_asked_and_stays_in_the_checkpoint(stories, tmp_path):
+    moments = []
+
+    def evaluate(progress, moment):
+        moments.append(moment)
+        progress.results.setdefault("validation", {})[moment] = {"recall@1": 1.0}
+        return {"recall@1": 1.0}
+
+    run(stories, tmp_path, evaluate=evaluate, do_eval=True, eval_before_training=True, eval_steps=4)
+    assert moments == ["before training", "step 4", "after training"]
+    saved = json.loads((tmp_path / "checkpoint-6" / "progress.json").read_text())
+    assert list(saved["results"]["validation"]) == moments
+
+
+def test_broken_videos_are_left_out_and_the_steps_made_up(tmp_path):
+    folder = write_stories(tmp_path, num_train=6)
+    for number in range(3):
+        (folder / "videos" / f"train-{number}.mp4").write_bytes(b"broken")
+    _, progress, losses = run(folder, tmp_path / "out", max_train_steps=4, per_device_train_batch_size=3)
+    assert progress.step == len(losses) == 4 <= progress.batches
+    assert len(progress.broken_videos) == 3
+
+
+def test_a_training_set_of_broken_videos_is_an_error(tmp_path):
+    folder = write_stories(tmp_path, num_train=6)
+    for video in (folder / "videos").glob("train-*"):
+        video.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="No batch of the training set has two videos"):
+        run(folder, tmp_path / "out")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(stories, tmp_path):
+    model = TestaForRetrieval(tiny_config())
+    nn.init.constant_(model.matching_head.weight, torch.nan)
+    with pytest.raises(FloatingPointError, match="The loss is nan at step 1"):
+        run(stories, tmp_path, model=model)
+
+
+def test_bf16_training_keeps_float32_weights(stories, tmp_path):
+    model, _, losses = run(stories, tmp_path, max_train_steps=2, mixed_precision="bf16", gradient_checkpointing=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32} and all(map(math.isfinite, losses))
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(ValueError, match="report_to is 'notebook'; installed are"):
+        create_accelerator(TrainingArguments(report_to="notebook", output_dir=str(tmp_path)))
+
+
+# --- Checkpoints and model cards ---------------------------------------------------------------------------------------
+
+
+def test_progress_survives_a_checkpoint(tmp_path):
+    checkpoints = Checkpoints(create_accelerator(TrainingArguments()), tmp_path, {})
+    progress = Progress(step=12, batches=15, results={"test": {"step 3": {"recall@1": 2.0}}})
+    progress.broken_videos["a.mp4"] = "no video stream"
+    checkpoints.save(progress)
+    assert checkpoints.load(checkpoints.find()) == progress
+
+
+def test_a_model_card_can_be_read_back(tmp_path):
+    metadata = ModelCardData(library_name="transformers", tags=["testa"])
+    write_model_card(tmp_path, "A model", "What for.", "| a |", {"split": "test, 4 texts"}, {"seed": 1}, metadata)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.tags == ["testa"]
+    assert all(part in card.text for part in ("# A model", "What for.", "| a |", "- split: test, 4 texts", "seed: 1"))
