@@ -398,3 +398,26 @@ def test_bfloat16_stays_near_float32(attention):
     rounded = model.to(torch.bfloat16).get_video_features(videos).pooler_output
     assert rounded.dtype == torch.bfloat16
     assert torch.cosine_similarity(exact, rounded.float()).min() > 0.98
+
+
+def test_new_time_and_position_embeddings_are_smooth():
+    """Neighbours start more alike than strangers, so that order is learned from few examples."""
+    model = TestaModel(tiny_config())
+    for embeddings in (
+        model.video_model.embeddings.time_embeddings[0],
+        model.text_model.embeddings.position_embeddings.weight,
+    ):
+        unit = torch.nn.functional.normalize(embeddings.detach(), dim=-1)
+        assert unit[1] @ unit[2] > unit[0] @ unit[-1]
+    assert model.video_model.embeddings.time_embeddings.square().mean().sqrt().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_autocast_keeps_scores_in_float32():
+    model = trained(TestaForRetrieval(tiny_config()))
+    ids, mask = example_texts(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(example_videos(), ids, mask)
+        matches = model.match(output.video_model_output.last_hidden_state, ids, mask)
+    for scores in (output.video_embeds, output.text_embeds, output.logits_per_video, matches):
+        assert scores.dtype == torch.float32
+        assert not torch.equal(scores, scores.to(torch.bfloat16).float())

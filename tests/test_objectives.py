@@ -53,3 +53,9 @@ def test_matching_loss_leaves_out_pairs_without_a_negative():
     last = math.log(1 + math.exp(-2))
     loss = matching_loss(positive, negative, torch.tensor([False, True]))
     torch.testing.assert_close(loss.item(), (first + last) / 2)
+
+
+def test_broken_features_are_left_for_the_loss_to_show():
+    logits = torch.full((2, 2), torch.nan)
+    negative, _ = sample_hard_negatives(logits, torch.eye(2, dtype=torch.bool))
+    assert negative.tolist() == [1, 0]

@@ -104,6 +104,7 @@ class TrainingArguments:
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps that are warm-up."})
     warmup_steps: int | None = field(default=None, metadata={"help": "Steps of warm-up, instead of warmup_ratio."})
     weight_decay: float = field(default=0.05, metadata={"help": "For the weights of linear and convolution layers."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's memory of squared gradients."})
     num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training set."})
     max_train_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps, instead of num_train_epochs."}

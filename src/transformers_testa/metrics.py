@@ -46,7 +46,7 @@ def ndcg(scores: torch.Tensor, relevant: torch.Tensor, k: int = 10) -> torch.Ten
     gains = relevant.gather(1, relevant_last).gather(1, by_score)[:, :k].float()
     discounts = torch.arange(2, 2 + gains.shape[1], device=scores.device).log2().reciprocal()
     ideal = discounts.cumsum(dim=0)[relevant.sum(dim=1).clamp(max=gains.shape[1]) - 1]
-    return gains @ discounts / ideal
+    return (gains * discounts).sum(dim=1) / ideal
 
 
 def ranking_metrics(scores: torch.Tensor, relevant: torch.Tensor) -> dict[str, float]:

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelO
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .aggregation_testa import (
@@ -451,7 +451,8 @@ class TestaPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.class_token, std=std)
             init.trunc_normal_(module.position_embeddings, std=std)
             if hasattr(module, "time_embeddings"):
-                init.trunc_normal_(module.time_embeddings, std=std)
+                # As large as the patches they are added to, or the order of frames goes unnoticed for long.
+                init.copy_(module.time_embeddings, 0.5 * _sinusoids(*module.time_embeddings.shape[1:])[None])
         elif isinstance(module, TestaTemporalBlock):
             # A new model starts as an image model that sees frame by frame.
             init.zeros_(module.temporal_fc.weight)
@@ -459,8 +460,16 @@ class TestaPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.temporal_scaling)
         elif isinstance(module, TestaTextEmbeddings):
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1])[None])
+            init.copy_(module.position_embeddings.weight, std * _sinusoids(*module.position_embeddings.weight.shape))
         elif isinstance(module, TestaForRetrieval):
             init.constant_(module.temperature, module.config.temperature_init)
+
+
+def _sinusoids(length: int, width: int) -> Tensor:
+    """Return waves `[length, width]` of mean square 1, from half a period in all to half a period a step."""
+    angular_frequency = torch.pi * torch.logspace(0, 1, (width + 1) // 2, base=max(length, 2))
+    angles = (torch.arange(length) + 0.5)[:, None] / length * angular_frequency
+    return 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
 class TestaVideoModel(TestaPreTrainedModel):
@@ -885,7 +894,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
     ) -> TestaVideoModelOutput:
         """Encode videos `[B, T, C, H, W]`; `pooler_output [B, projection_dim]` is the embedding, of length 1."""
         output = self.testa.get_video_features(pixel_values_videos, return_dict=True, **kwargs)
-        output.pooler_output = F.normalize(self.video_projection(output.pooler_output), dim=-1)
+        output.pooler_output = F.normalize(_apply_head(self.video_projection, output.pooler_output), dim=-1)
         return output
 
     @can_return_tuple
@@ -894,7 +903,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Encode texts `[B, L]`; `pooler_output [B, projection_dim]` is the embedding, of length 1."""
         output = self.testa.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
-        output.pooler_output = F.normalize(self.text_projection(output.pooler_output), dim=-1)
+        output.pooler_output = F.normalize(_apply_head(self.text_projection, output.pooler_output), dim=-1)
         return output
 
     def match(
@@ -917,7 +926,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
         """
         input_ids = _replace_first_token(input_ids, self.config.text_config.enc_token_id)
         output = self.testa.text_model(input_ids, attention_mask, encoder_hidden_states=video_hidden_states, **kwargs)
-        return self.matching_head(output.last_hidden_state[:, 0])
+        return _apply_head(self.matching_head, output.last_hidden_state[:, 0])
 
     @can_return_tuple
     def forward(
@@ -944,7 +953,8 @@ class TestaForRetrieval(TestaPreTrainedModel):
         text_output = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
         video_embeds, text_embeds = video_output.pooler_output, text_output.pooler_output
         # The released training keeps the temperature within these bounds.
-        logits_per_video = video_embeds @ text_embeds.t() / self.temperature.clamp(0.001, 0.5)
+        with maybe_autocast(device_type=video_embeds.device.type, enabled=False):
+            logits_per_video = video_embeds @ text_embeds.t() / self.temperature.clamp(0.001, 0.5)
 
         loss = loss_vtc = loss_vtm = None
         if return_loss is None:
@@ -996,6 +1006,12 @@ class TestaForRetrieval(TestaPreTrainedModel):
             torch.cat([negative_logits, logits[:, 1]]),
             torch.cat([text_has_negative, video_has_negative]),
         )
+
+
+def _apply_head(head: nn.Linear, features: Tensor) -> Tensor:
+    """Apply a head in the precision of its weights: autocast would round away the differences that rank candidates."""
+    with maybe_autocast(device_type=features.device.type, enabled=False):
+        return head(features.to(head.weight.dtype))
 
 
 def _replace_first_token(input_ids: Tensor, token_id: int) -> Tensor:

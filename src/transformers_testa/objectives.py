@@ -44,7 +44,8 @@ def sample_hard_negatives(logits: Tensor, is_positive: Tensor) -> tuple[Tensor, 
     with torch.no_grad():
         # The small constant keeps every negative possible when one similarity takes all of the softmax.
         weights = torch.softmax(logits.float(), dim=1) + 1e-4
-        weights = weights.masked_fill(is_positive, 0)
+        # Broken features make a broken loss, which training reports; drawing from them would only hide the reason.
+        weights = weights.nan_to_num(1.0).masked_fill(is_positive, 0)
         has_negative = ~is_positive.all(dim=1)
         drawn = torch.multinomial(weights.masked_fill(~has_negative[:, None], 1), num_samples=1)
         return drawn.squeeze(1), has_negative

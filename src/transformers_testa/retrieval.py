@@ -489,7 +489,8 @@ def evaluate_retrieval(
 
         video_of_text = torch.tensor([columns[text.video_id] for text in texts])
         distractors = torch.tensor([columns.get(text.distractor, -1) for text in texts])
-        similarities = torch.stack([text.embedding for text in texts]) @ embeddings.T
+        with torch.autocast("cpu", enabled=False):  # the caller's autocast is for the model; rounded scores would tie
+            similarities = torch.stack([text.embedding for text in texts]) @ embeddings.T
         if accelerator is not None:
             # All processes must select the same candidates, however their processors round.
             similarities = broadcast(similarities.to(accelerator.device)).cpu()

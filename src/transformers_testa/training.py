@@ -131,6 +131,7 @@ def create_optimizer(model: nn.Module, args: TrainingArguments, fused: bool = Tr
     return torch.optim.AdamW(
         [{"params": groups[True], "weight_decay": args.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
         lr=args.learning_rate,
+        betas=(0.9, args.adam_beta2),
         fused=fused,
     )
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from transformers_testa.data import sprites
 from transformers_testa.data.annotations import load_annotations
-from transformers_testa.data.demo import DemoArguments, main, make_demo
+from transformers_testa.data.demo import SCENES_PER_CLIP, DemoArguments, main, make_demo
 from transformers_testa.data.sprites import cutout_kinds, digit_kinds
 
 
@@ -63,6 +63,19 @@ def test_the_files_are_those_of_an_ordinary_data_set(demo):
             assert (demo / row["video"]).is_file()
             assert len(row["answers"]) == len(row["answer_weights"]) == 1
     assert not list(demo.rglob("*.unfinished"))
+
+
+def test_clips_are_whole_scenes_with_their_own_sentences(demo):
+    table = load_annotations(demo / "train_clips.jsonl")
+    stories = {row["video"]: row["text"] for row in load_annotations(demo / "train.jsonl")}
+    assert len(table) == 6 * len(SCENES_PER_CLIP) == len(set(table["video_id"]))
+    for number, row in enumerate(table):
+        num_scenes = SCENES_PER_CLIP[number % len(SCENES_PER_CLIP)]
+        assert row["text"].count(".") == num_scenes < stories[row["video"]].count(".") + 1
+        shortest, longest = SMALL["seconds_per_scene"]
+        assert 0 <= row["start"] and num_scenes * shortest <= row["end"] - row["start"] <= num_scenes * longest
+        with av.open(row["video"]) as video:
+            assert row["end"] <= video.streams.video[0].frames / SMALL["fps"]
 
 
 def test_twins_stand_side_by_side_and_last_as_long(demo):

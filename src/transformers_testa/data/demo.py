@@ -2,7 +2,8 @@
 
     python -m transformers_testa.data.demo --output_dir demo_stories
 
-Videos come in pairs of twins: the same scenes in two orders. Each names the other as its `distractor`.
+Videos come in pairs of twins: the same scenes in two orders. Each names the other as its `distractor`. Short clips of
+the training videos, told by themselves, are a first lesson for a model that knows nothing yet.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from .rendering import render_scene, write_video
+from .rendering import count_frames, render_scene, write_video
 from .sprites import SPLITS, cutout_kinds, digit_kinds, readable_images, shape_kinds
 from .stories import ObjectKind, Story, World, plan_story, twin_of
 from .storytelling import ask, tell
 
 
+# Each training video gives one clip of so many scenes in a row.
+SCENES_PER_CLIP = (1, 1, 2, 3)
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -77,6 +80,7 @@ def make_demo(arguments: DemoArguments) -> int:
     Videos that exist are kept, so an interrupted run can be repeated to finish it. The files are:
 
     - `{train,validation,test}.jsonl`: `video`, `video_id`, `text`, `distractor`;
+    - `train_clips.jsonl`: `video`, `video_id` (of the clip), `start`, `end` (seconds), `text`;
     - `{train,validation,test}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`, `answers`, `answer_weights`,
       `question_type`;
     - `videos/*.mp4`, and `demo.json` with the arguments.
@@ -106,6 +110,7 @@ def make_demo(arguments: DemoArguments) -> int:
         rows, questions = _annotate(stories[split], arguments.seed)
         _write_lines(output_dir / f"{split}.jsonl", rows)
         _write_lines(output_dir / f"{split}_qa.jsonl", questions)
+    _write_lines(output_dir / "train_clips.jsonl", _cut_clips(stories["train"], arguments))
     return len(missing)
 
 
@@ -209,6 +214,26 @@ def _annotate(stories: dict[str, Story], seed: int) -> tuple[list[dict], list[di
                 }
             )
     return rows, questions
+
+
+def _cut_clips(stories: dict[str, Story], arguments: DemoArguments) -> list[dict]:
+    """Rows of clips: some scenes in a row, from the time when the first begins to when the last ends."""
+    rows = []
+    for video_id, story in stories.items():
+        rng = random.Random(f"clips {arguments.seed} {video_id}")
+        frames = [count_frames(scene, arguments.fps) for scene in story.scenes]
+        for number, num_scenes in enumerate(SCENES_PER_CLIP):
+            first = rng.randint(0, len(story.scenes) - num_scenes)
+            rows.append(
+                {
+                    "video": _video_file(video_id),
+                    "video_id": f"{video_id}-clip{number}",
+                    "start": sum(frames[:first]) / arguments.fps,
+                    "end": sum(frames[: first + num_scenes]) / arguments.fps,
+                    "text": tell(Story(story.scenes[first : first + num_scenes]), rng),
+                }
+            )
+    return rows
 
 
 def _write_lines(file: Path, rows: list[dict]) -> None:

@@ -25,8 +25,8 @@ BACKGROUND_RGB = {
 }
 
 # Height of an object as a share of the frame's. Some actions need a certain one; stories then tell no size.
-SIZES = {"small": 0.27, "large": 0.48}
-ACTION_SIZES = {"meet": 0.37, "grow": 0.6, "shrink": 0.6, "turn": 0.48, "gather": 0.32}
+SIZES = {"small": 0.4, "large": 0.66}
+ACTION_SIZES = {"meet": 0.44, "grow": 0.8, "shrink": 0.8, "turn": 0.66, "gather": 0.38}
 
 # Where the members of a group stand, as on the faces of a die.
 GROUP_PLACES = {
@@ -42,13 +42,13 @@ def render_scene(scene: Scene, image_size: int, fps: int) -> np.ndarray:
     """Draw a scene.
 
     Returns:
-        uint8 [T, image_size, image_size, 3], where T is the scene's length in frames and at least 2.
+        uint8 [T, image_size, image_size, 3], where T is [`count_frames`].
     """
     background = _draw_background(scene.background, image_size)
     sprites = [_sprite(scene, index, image_size) for index in range(len(scene.objects))]
     if scene.action == "turn":
         sprites.append(_sprite(scene, 0, image_size, scene.new_color))
-    num_frames = max(2, round(scene.seconds * fps))
+    num_frames = count_frames(scene, fps)
     frames = np.empty((num_frames, image_size, image_size, 3), dtype=np.uint8)
     for frame_index in range(num_frames):
         frame = background.copy()
@@ -61,6 +61,11 @@ def render_scene(scene: Scene, image_size: int, fps: int) -> np.ndarray:
             frame.paste(sprite, corner, sprite)
         frames[frame_index] = np.asarray(frame)
     return frames
+
+
+def count_frames(scene: Scene, fps: int) -> int:
+    """The length of a scene in frames, at least 2."""
+    return max(2, round(scene.seconds * fps))
 
 
 def _sprite(scene: Scene, index: int, image_size: int, color: str | None = None) -> Image.Image:
@@ -110,7 +115,7 @@ def _draw_background(background: Background, size: int) -> Image.Image:
         shade = np.asarray(coarse.resize((size, size), Image.Resampling.BILINEAR))
     else:
         shade = np.zeros((size, size))
-    rgb = np.array(BACKGROUND_RGB[background.color]) + 28 * shade[..., None]
+    rgb = np.array(BACKGROUND_RGB[background.color]) + 16 * shade[..., None]
     return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
 
 

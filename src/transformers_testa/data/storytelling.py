@@ -33,20 +33,20 @@ TEMPLATES = {
         "{object} comes in from the {origin}",
         "{object} enters from the {origin}",
         "{object} arrives from the {origin}",
-        "from the {origin} {object} slides into view",
+        "from the {origin} {object} slides in",
         "in comes {object} from the {origin}",
     ),
     "leave": (
         "{object} leaves at the {destination}",
         "{object} goes out on the {destination}",
         "{object} disappears at the {destination}",
-        "{object} slides out of view at the {destination}",
+        "{object} slides out at the {destination}",
         "away goes {object} at the {destination}",
     ),
     "move": (
         "{object} moves from {origin} to {destination}",
-        "{object} travels from the {origin} to the {destination}",
-        "{object} crosses the picture from {origin} to {destination}",
+        "{object} travels from {origin} to {destination}",
+        "{object} crosses from {origin} to {destination}",
         "from {origin} to {destination} {object} glides along",
         "we follow {object} from {origin} to {destination}",
     ),
@@ -58,32 +58,32 @@ TEMPLATES = {
         "{object} bumps into {other}",
     ),
     "grow": (
-        "{object} grows before our eyes",
-        "{object} becomes bigger and bigger",
-        "{object} gets larger and larger",
+        "{object} grows",
+        "{object} gets bigger",
+        "{object} becomes larger",
         "we watch {object} grow",
         "{object} starts to grow",
     ),
     "shrink": (
-        "{object} shrinks before our eyes",
-        "{object} becomes smaller and smaller",
-        "{object} gets smaller and smaller",
+        "{object} shrinks",
+        "{object} gets smaller",
+        "{object} becomes smaller",
         "we watch {object} shrink",
         "{object} starts to shrink",
     ),
     "turn": (
         "{object} turns {new_color}",
         "{object} becomes {new_color}",
-        "{object} changes its color to {new_color}",
+        "{object} changes to {new_color}",
         "the color of {object} changes to {new_color}",
         "we watch {object} turn {new_color}",
     ),
     "gather": (
-        "there are {objects} in the picture",
+        "there are {objects}",
         "we see {objects} together",
         "{objects} dance together",
-        "{objects} hop up and down",
-        "a group of {objects} is dancing",
+        "{objects} hop around",
+        "a group of {objects} dances",
     ),
 }
 
@@ -102,15 +102,16 @@ LAST_WORDS = ("finally,", "at last,", "in the end,", "to finish,", "at the very 
 
 def tell(story: Story, rng: random.Random) -> str:
     """The paragraph of a story: one sentence a scene, in order, in wording that `rng` varies."""
-    last = len(story.scenes) - 1
-    position_words = [FIRST_WORDS, *[MIDDLE_WORDS] * (last - 1), LAST_WORDS]
+    position_words = [MIDDLE_WORDS] * len(story.scenes)
+    if len(story.scenes) > 1:
+        position_words[0], position_words[-1] = FIRST_WORDS, LAST_WORDS
     return " ".join(_sentence(scene, words, rng) for scene, words in zip(story.scenes, position_words, strict=True))
 
 
 def _sentence(scene: Scene, position_words: tuple[str, ...], rng: random.Random) -> str:
     template = rng.choice(TEMPLATES[scene.action])
     order, background = rng.choice(position_words), _background_phrase(scene, rng)
-    details = [detail for detail in ("order", "background", "texture", "size") if rng.random() < 0.6]
+    details = [detail for detail in ("order", "background", "texture", "size") if rng.random() < 0.35]
     rng.shuffle(details)
     words_seed = rng.getrandbits(32)
     while True:
