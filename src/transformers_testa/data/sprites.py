@@ -119,7 +119,7 @@ def digit_kinds(split: str) -> tuple[ObjectKind, ...]:
             pictures=tuple(pictures),
             colors=tuple(COLORS),
             sizes=("large",),
-            weight=0.25,
+            weight=0.1,
         )
         for name, pictures in zip(NUMBERS, samples, strict=True)
     )
