@@ -17,6 +17,7 @@ extras["test"] = [
     "pytest-xdist>=3.8",
     "requests",
     "ruff>=0.17",
+    "setuptools",
     *extras["demo"],
     *extras["peft"],
     *extras["faiss"],
