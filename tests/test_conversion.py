@@ -73,7 +73,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_tensor(change
 
 def test_another_architecture_is_refused():
     case = OriginalCase("encoder_no_aggregation")
-    with pytest.raises(ValueError, match="has no tensor 'text_encoder.embeddings.word_embeddings.weight'"):
+    with pytest.raises(ValueError, match=r"has no tensor 'text_encoder\.embeddings\.word_embeddings\.weight'"):
         conversion.load_original_checkpoint(case.state_dict, "retrieval")
     with pytest.raises(ValueError, match="Unknown architecture 'image'; known are 'video', 'retrieval'"):
         conversion.load_original_checkpoint(case.state_dict, "image")

@@ -7,7 +7,8 @@ from transformers_common_tests import load
 from video_files import write_video
 
 from transformers_testa.processing_testa import TestaProcessor
-from transformers_testa.video_processing_testa import TestaVideoProcessor, VideoDecodingError
+from transformers_testa.video_decoding_testa import VideoDecodingError
+from transformers_testa.video_processing_testa import TestaVideoProcessor
 
 
 load()

@@ -14,13 +14,13 @@ from transformers import AutoVideoProcessor
 from transformers_common_tests import load
 from video_files import frame_number, numbered_frame, plain_decode, write_audio, write_video
 
-from transformers_testa.video_processing_testa import (
+from transformers_testa.video_decoding_testa import (
     FRAME_SAMPLING,
-    TestaVideoProcessor,
     VideoDecodingError,
     VideoReader,
     sample_frame_indices,
 )
+from transformers_testa.video_processing_testa import TestaVideoProcessor
 
 
 load()

@@ -5,7 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoVideoProcesso
 from .configuration_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
 from .modeling_testa import TestaForRetrieval, TestaModel, TestaPreTrainedModel, TestaTextModel, TestaVideoModel
 from .processing_testa import TestaProcessor
-from .video_processing_testa import TestaVideoProcessor, VideoDecodingError
+from .video_decoding_testa import VideoDecodingError
+from .video_processing_testa import TestaVideoProcessor
 
 
 for _config, _model in (

@@ -8,7 +8,9 @@ from .configuration_testa import TestaVideoConfig
 LAYER_NORM_COST = 5
 
 
-def count_video_gflops(config: TestaVideoConfig, num_frames: int | None = None, image_size: int | None = None) -> float:
+def count_video_gflops(
+    config: TestaVideoConfig, num_frames: int | None = None, image_size: int | None = None
+) -> float:
     """Return the GFLOPs of encoding one video: convolution, linear layers, matrix products and layer norms.
 
     A multiply-add counts once. Of aggregation, comparing tokens counts; taking means and the attention that importance

@@ -73,7 +73,7 @@ def test_clips_are_whole_scenes_with_their_own_sentences(demo):
         num_scenes = SCENES_PER_CLIP[number % len(SCENES_PER_CLIP)]
         assert row["text"].count(".") == num_scenes < stories[row["video"]].count(".") + 1
         shortest, longest = SMALL["seconds_per_scene"]
-        assert 0 <= row["start"] and num_scenes * shortest <= row["end"] - row["start"] <= num_scenes * longest
+        assert row["start"] >= 0 and num_scenes * shortest <= row["end"] - row["start"] <= num_scenes * longest
         with av.open(row["video"]) as video:
             assert row["end"] <= video.streams.video[0].frames / SMALL["fps"]
 

@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import Sampler
 
 from transformers_testa.processing_testa import TestaProcessor
-from transformers_testa.video_processing_testa import TestaVideoProcessor, VideoDecodingError
+from transformers_testa.video_decoding_testa import VideoDecodingError
+from transformers_testa.video_processing_testa import TestaVideoProcessor
 
 
 logger = logging.getLogger(__name__)

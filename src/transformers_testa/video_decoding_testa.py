@@ -1,0 +1,428 @@
+"""Frames of a video file: which ones, where they are in the file, and how to decode only those with PyAV."""
+
+import io
+import itertools
+import os
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+from transformers.image_utils import PILImageResampling
+from transformers.utils import logging
+from transformers.video_utils import VideoMetadata
+
+
+logger = logging.get_logger(__name__)
+
+FRAME_SAMPLING = ("uniform", "legacy_uniform", "middle", "random", "head_tail", "jitter")
+
+# Formats that hold their frames themselves: a playlist or an image pattern could name any other file.
+SELF_CONTAINED_FORMATS = (
+    "3g2,3gp,asf,avi,dv,flv,gif,h261,h263,h264,hevc,ivf,m4a,m4v,matroska,mj2,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nut,"
+    "obu,ogg,rm,webm,wtv"
+)
+DOWNLOAD_TIMEOUT_SECONDS = 60
+TIME_TOLERANCE_SECONDS = 1e-6
+
+INTERPOLATION = {
+    PILImageResampling.NEAREST: "POINT",
+    PILImageResampling.BOX: "AREA",
+    PILImageResampling.BILINEAR: "BILINEAR",
+    PILImageResampling.BICUBIC: "BICUBIC",
+    PILImageResampling.LANCZOS: "LANCZOS",
+}
+
+VideoSource = str | Path | bytes
+
+
+class VideoDecodingError(ValueError):
+    """A video that cannot be decoded as asked. The message names the video and says why."""
+
+
+# Which frames
+
+
+def sample_frame_indices(
+    total_frames: int, num_frames: int, frame_sampling: str = "uniform", seed: int | None = None
+) -> np.ndarray:
+    """Choose `num_frames` of `total_frames` frames, in ascending order.
+
+    Args:
+        total_frames: number n of frames to choose from, at least 1. With fewer than `num_frames`, frames repeat.
+        num_frames: number T of frames to choose, at least 1.
+        frame_sampling: one of
+            - "uniform": `floor(i * n / T)`;
+            - "legacy_uniform": `i * floor(n / T)`, which the released weights were trained with: it never reaches the
+              end of a video unless T divides n, and stays at frame 0 where n < T;
+            - "middle": the centre of each of T equal segments;
+            - "random": T draws without replacement;
+            - "head_tail": as many draws from the first half of the frames as from the second (one more for odd T);
+            - "jitter": one draw within each of T equal segments.
+        seed: makes the last three repeatable; None draws anew at every call.
+
+    Returns:
+        int64 array `[T]` of indices in `[0, total_frames)`.
+
+    Raises:
+        ValueError: for an unknown `frame_sampling` or counts below 1.
+    """
+    if total_frames < 1 or num_frames < 1:
+        raise ValueError(f"total_frames={total_frames} and num_frames={num_frames} must both be at least 1.")
+    steps = np.arange(num_frames)
+    segment_starts = steps * total_frames // num_frames
+    if frame_sampling == "uniform":
+        return segment_starts
+    if frame_sampling == "legacy_uniform":
+        return steps * (total_frames // num_frames)
+    if frame_sampling == "middle":
+        return (2 * steps + 1) * total_frames // (2 * num_frames)
+
+    generator = np.random.default_rng(seed)
+    if frame_sampling == "jitter":
+        segment_ends = (steps + 1) * total_frames // num_frames
+        return generator.integers(segment_starts, np.maximum(segment_ends, segment_starts + 1))
+    if frame_sampling == "random":
+        return _draw(generator, 0, total_frames, num_frames)
+    if frame_sampling == "head_tail":
+        half = total_frames // 2
+        head = _draw(generator, 0, max(half, 1), num_frames - num_frames // 2)
+        return np.concatenate([head, _draw(generator, half, total_frames, num_frames // 2)])
+    raise ValueError(f"frame_sampling={frame_sampling!r} is unknown. Use one of {', '.join(FRAME_SAMPLING)}.")
+
+
+def _draw(generator: np.random.Generator, first: int, stop: int, count: int) -> np.ndarray:
+    return np.sort(first + generator.choice(stop - first, count, replace=count > stop - first))
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When the frames of one video are shown: `times [N]` and `duration` in seconds from its first frame."""
+
+    name: str
+    times: np.ndarray
+    duration: float
+
+
+@dataclass(frozen=True)
+class FrameSelection:
+    """Which frames of one video are wanted: `num_frames` of them, or `fps` a second, or all where both are None.
+
+    `start` and `end` (seconds) restrict the choice to a clip, from the frame on screen at `start`.
+    """
+
+    num_frames: int | None = None
+    fps: float | None = None
+    frame_sampling: str = "uniform"
+    start: float | None = None
+    end: float | None = None
+    seed: int | None = None
+    strict: bool = False
+
+    def __post_init__(self):
+        if self.frame_sampling not in FRAME_SAMPLING:
+            raise ValueError(
+                f"frame_sampling={self.frame_sampling!r} is unknown. Use one of {', '.join(FRAME_SAMPLING)}."
+            )
+        for name in ("num_frames", "fps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be positive.")
+        if self.start is not None and self.start < 0:
+            raise ValueError(f"start={self.start} must be at least 0 seconds.")
+        if self.end is not None and self.end <= (self.start or 0):
+            raise ValueError(f"end={self.end} must be later than start={self.start or 0} seconds.")
+
+    def indices(self, timeline: Timeline) -> np.ndarray:
+        """Return the indices `[T]` of the wanted frames.
+
+        Raises:
+            VideoDecodingError: where the clip starts after the video ends, or `strict` and it holds too few frames.
+        """
+        start = self.start or 0.0
+        end = timeline.duration if self.end is None else min(self.end, timeline.duration)
+        if start >= timeline.duration:
+            raise VideoDecodingError(
+                f"{timeline.name} lasts {timeline.duration:.2f} seconds, so no clip can start at start={start}."
+            )
+        first = _frames_shown_at(timeline, start)
+        stop = max(first + 1, int(np.searchsorted(timeline.times, end - TIME_TOLERANCE_SECONDS)))
+        if self.fps is not None:
+            count = max(1, int((end - start) * self.fps + TIME_TOLERANCE_SECONDS))
+            return _frames_shown_at(timeline, start + np.arange(count) / self.fps)
+        if self.num_frames is None:
+            return np.arange(first, stop)
+        if self.strict and stop - first < self.num_frames:
+            raise VideoDecodingError(
+                f"{timeline.name} has {stop - first} frames to sample from, fewer than num_frames={self.num_frames}. "
+                "Ask for fewer frames, or pass strict=False to repeat some."
+            )
+        return first + sample_frame_indices(stop - first, self.num_frames, self.frame_sampling, self.seed)
+
+
+def _frames_shown_at(timeline: Timeline, seconds: float | np.ndarray) -> np.ndarray:
+    return np.searchsorted(timeline.times, seconds + TIME_TOLERANCE_SECONDS, side="right") - 1
+
+
+# Where they are in a file
+
+
+@dataclass(frozen=True)
+class PacketIndex:
+    """For each frame in the order shown: its timestamp, the key packet decoding has to start from, where to seek."""
+
+    pts: np.ndarray
+    key_pts: np.ndarray
+    key_size: np.ndarray
+    seek_to: np.ndarray
+
+    @classmethod
+    def from_packets(cls, packets: Iterable[av.Packet]) -> "PacketIndex | None":
+        """Index packets in decoding order; None where their timestamps do not tell the order of the frames."""
+        rows = [(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, packet.size) for packet in packets]
+        if not rows or any(row[0] is None for row in rows):
+            return None
+        pts = np.array([row[0] for row in rows], dtype=np.int64)
+        # Matroska leaves the first decoding timestamps out; seeking goes by the presentation timestamp there.
+        seek_to = np.array([pts if dts is None else min(pts, dts) for pts, dts, *_ in rows], dtype=np.int64)
+        decoding_times = [row[1] for row in rows if row[1] is not None]
+        is_key, is_discarded = np.array([row[2:4] for row in rows], dtype=bool).T
+        size = np.array([row[4] for row in rows])
+        if not is_key[0] or len(np.unique(pts)) < len(pts) or (np.diff(decoding_times) <= 0).any():
+            return None
+
+        # A frame shown before the key frame it follows in the file (open GOP) may refer to the GOP before that key.
+        keys = np.flatnonzero(is_key)
+        key_number = np.cumsum(is_key) - 1
+        while (leading := (pts < pts[keys[key_number]]) & (key_number > 0)).any():
+            key_number[leading] -= 1
+        key = keys[key_number]
+        shown = np.flatnonzero(~is_discarded)
+        shown = shown[np.argsort(pts[shown])]
+        if (pts < pts[key]).any() or not len(shown):
+            return None
+        return cls(pts[shown], pts[key[shown]], size[key[shown]], seek_to[key[shown]])
+
+
+class _UnexpectedFrameError(Exception):
+    """Decoding gave another frame than the packet index announced."""
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    # An empty packet would end the decoding: PyAV takes it for the flush after the last one.
+    return (packet for packet in container.demux(stream) if packet.size)
+
+
+def _decode(stream: av.VideoStream, packets: Iterable[av.Packet], name: str) -> Iterator[av.VideoFrame]:
+    for packet in itertools.chain(packets, [None]):
+        try:
+            yield from stream.decode(packet)
+        except av.InvalidDataError:
+            logger.warning_once(f"{name} has damaged packets, which are skipped.")
+
+
+def _decode_from(
+    stream: av.VideoStream, packets: Iterable[av.Packet], key_pts: int, key_size: int, name: str
+) -> Iterator[av.VideoFrame]:
+    # MPEG program streams may renumber packets after a seek: a timestamp alone does not tell the key packet.
+    packets = itertools.dropwhile(lambda packet: (packet.pts, packet.size) != (key_pts, key_size), packets)
+    return itertools.dropwhile(lambda frame: frame.pts is None or frame.pts < key_pts, _decode(stream, packets, name))
+
+
+def _frames_by_seeking(
+    container: av.container.InputContainer, stream: av.VideoStream, index: PacketIndex, wanted: np.ndarray, name: str
+) -> Iterator[av.VideoFrame]:
+    """Yield the `wanted` frames (ascending), seeking to the key frame before each unless it is already passed."""
+    frames = iter(())
+    position = -1
+    for number in wanted:
+        key_pts, key_size = index.key_pts[number], index.key_size[number]
+        run_start = int(np.searchsorted(index.pts, key_pts))
+        if position < run_start:
+            container.seek(int(index.seek_to[number]), stream=stream)
+            frames = _decode_from(stream, _packets(container, stream), key_pts, key_size, name)
+            position = run_start
+        while position <= number:
+            frame = next(frames, None)
+            if frame is None or frame.pts != index.pts[position]:
+                raise _UnexpectedFrameError
+            position += 1
+        yield frame
+
+
+def _frames_by_counting(frames: Iterable[av.VideoFrame], wanted: np.ndarray) -> Iterator[av.VideoFrame]:
+    remaining = iter(wanted)
+    number = next(remaining, None)
+    for position, frame in enumerate(frames):
+        if position == number:
+            yield frame
+            number = next(remaining, None)
+            if number is None:
+                return
+
+
+# From a file to pixels
+
+
+@dataclass
+class DecodedVideoMetadata(VideoMetadata):
+    """Metadata of a decoded file; `timestamps` are those of its frames, also where the frame rate varies."""
+
+    frame_times: list[float] | None = None
+
+    @property
+    def timestamps(self) -> list[float]:
+        return self.frame_times
+
+
+@dataclass(frozen=True)
+class VideoReader:
+    """Decodes the selected frames of one file and scales them while converting to RGB.
+
+    Args:
+        source: path, http(s) URL, or the bytes of a file.
+        target_size: function of (height, width) of an upright frame to the (height, width) wanted.
+        interpolation: PyAV's name of the scaling filter.
+    """
+
+    source: VideoSource
+    target_size: Callable[[int, int], tuple[int, int]]
+    interpolation: str = "BICUBIC"
+
+    @property
+    def name(self) -> str:
+        return f"the video of {len(self.source)} bytes" if isinstance(self.source, bytes) else str(self.source)
+
+    def read(self, selection: FrameSelection) -> tuple[np.ndarray, VideoMetadata]:
+        """Return uint8 frames `[T, H, W, 3]` and their metadata.
+
+        Raises:
+            VideoDecodingError: where the file cannot be read as a video or does not hold what was selected.
+        """
+        try:
+            data = self._download() if _is_url(self.source) else self.source
+            try:
+                return self._read_indexed(data, selection)
+            except _UnexpectedFrameError:
+                logger.info(f"{self.name}: frames and packets disagree; decoding from the start.")
+            return self._read_sequentially(data, selection)
+        except (av.FFmpegError, OSError) as error:
+            raise VideoDecodingError(f"{self.name} cannot be read as a video: {error}") from error
+
+    def _download(self) -> bytes:
+        with urllib.request.urlopen(self.source, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
+            return response.read()
+
+    def _open(self, data: VideoSource) -> av.container.InputContainer:
+        return av.open(
+            io.BytesIO(data) if isinstance(data, bytes) else f"file:{os.fspath(data)}",
+            container_options={"protocol_whitelist": "file", "format_whitelist": SELF_CONTAINED_FORMATS},
+        )
+
+    def _video_stream(self, container: av.container.InputContainer) -> av.VideoStream:
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams:
+            raise VideoDecodingError(f"{self.name} has no video stream.")
+        if streams[0].codec_context is None:
+            raise VideoDecodingError(f"{self.name} is encoded with a codec that PyAV cannot decode.")
+        streams[0].thread_type = "AUTO"
+        return streams[0]
+
+    def _read_indexed(self, data: VideoSource, selection: FrameSelection) -> tuple[np.ndarray, VideoMetadata]:
+        with self._open(data) as container:
+            stream = self._video_stream(container)
+            index = PacketIndex.from_packets(_packets(container, stream))
+            self._check_complete(container, stream)
+            if index is None:
+                raise _UnexpectedFrameError
+            timeline = self._timeline(list(index.pts), stream)
+            indices = selection.indices(timeline)
+            wanted = np.unique(indices)
+            return self._finish(
+                _frames_by_seeking(container, stream, index, wanted, self.name), wanted, indices, timeline
+            )
+
+    def _read_sequentially(self, data: VideoSource, selection: FrameSelection) -> tuple[np.ndarray, VideoMetadata]:
+        """Decode twice from the start, to count the frames and to fetch the wanted ones.
+
+        For files whose packets do not tell their frames: timestamps missing (raw streams), repeated or out of order,
+        hidden or damaged packets.
+        """
+        with self._open(data) as container:
+            stream = self._video_stream(container)
+            pts = [frame.pts for frame in _decode(stream, _packets(container, stream), self.name)]
+            if not pts:
+                raise VideoDecodingError(f"{self.name} holds no frame that can be decoded.")
+            timeline = self._timeline(pts, stream)
+        indices = selection.indices(timeline)
+        wanted = np.unique(indices)
+        with self._open(data) as container:
+            stream = self._video_stream(container)
+            frames = _decode(stream, _packets(container, stream), self.name)
+            return self._finish(_frames_by_counting(frames, wanted), wanted, indices, timeline)
+
+    def _check_complete(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
+        missing = sum(entry.pos + entry.size > container.size for entry in stream.index_entries)
+        if missing:
+            raise VideoDecodingError(
+                f"{self.name} is cut short: its index lists {len(stream.index_entries)} frames, and {missing} of them "
+                "lie beyond the end of the file. Copy or download it again."
+            )
+
+    def _timeline(self, pts: list[int | None], stream: av.VideoStream) -> Timeline:
+        rate = float(stream.average_rate or 25)
+        if None in pts:
+            times = np.arange(len(pts)) / rate
+        else:
+            ticks = np.sort(np.array(pts, dtype=np.int64))
+            times = (ticks - ticks[0]) * float(stream.time_base)
+        last_frame_lasts = times[-1] / (len(times) - 1) if len(times) > 1 else 1 / rate
+        return Timeline(self.name, times, float(times[-1] + last_frame_lasts))
+
+    def _finish(
+        self, frames: Iterator[av.VideoFrame], wanted: np.ndarray, indices: np.ndarray, timeline: Timeline
+    ) -> tuple[np.ndarray, VideoMetadata]:
+        pixels = np.stack(list(self._to_rgb(frames)))
+        metadata = DecodedVideoMetadata(
+            total_num_frames=len(timeline.times),
+            fps=len(timeline.times) / timeline.duration,
+            height=pixels.shape[1],
+            width=pixels.shape[2],
+            duration=timeline.duration,
+            video_backend="pyav",
+            frames_indices=indices.tolist(),
+            frame_times=timeline.times[indices].tolist(),
+        )
+        return pixels[np.searchsorted(wanted, indices)], metadata
+
+    def _to_rgb(self, frames: Iterator[av.VideoFrame]) -> Iterator[np.ndarray]:
+        reformatter = VideoReformatter()
+        size = None
+        for frame in frames:
+            sideways, flip_vertically, flip_horizontally = _orientation(frame)
+            if size is None:
+                upright = (frame.width, frame.height) if sideways else (frame.height, frame.width)
+                size = self.target_size(*upright)
+            height, width = reversed(size) if sideways else size
+            scaled = reformatter.reformat(frame, width, height, format="rgb24", interpolation=self.interpolation)
+            pixels = scaled.to_ndarray()
+            pixels = pixels.swapaxes(0, 1) if sideways else pixels
+            yield pixels[:: -1 if flip_vertically else 1, :: -1 if flip_horizontally else 1]
+
+
+def _is_url(source: VideoSource) -> bool:
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
+def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Return how the display matrix turns a frame: transposed first, then flipped vertically, horizontally."""
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return False, False, False
+    (a, b), (c, d) = np.frombuffer(bytes(side_data), dtype=np.int32).reshape(3, 3)[:2, :2]
+    sideways = abs(b) > abs(a)
+    return (True, b < 0, c < 0) if sideways else (False, d < 0, a < 0)
