@@ -1,4 +1,4 @@
-"""TESTA models: a divided space-time video encoder that aggregates tokens, a text encoder/decoder, and the task heads."""
+"""TESTA models: a video encoder that aggregates tokens, a text encoder/decoder, and the task heads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class TestaVideoModelOutput(BaseModelOutputWithPooling):
         pooler_output: `[B, D]`, mean of all output tokens.
         token_map: `[B, T, L]` (int64), the output token of every input patch, as an index into `last_hidden_state`;
             -1 where pruning dropped it.
-        token_sizes: `[B, 1 + T' * L']` (float32), the number of input patches in each output token; 1 for class tokens.
+        token_sizes: `[B, 1 + T' * L']` (float32), input patches in each output token; 1 for class tokens.
         hidden_states: Tokens before the first and after every block; their number shrinks from block to block.
         attentions: Per block, probabilities of the spatial (or joint) attention `[B * T, heads, 1 + L, 1 + L]`.
         temporal_attentions: Per block, probabilities of the temporal attention `[B * L, heads, T, T]`; recorded with
@@ -320,7 +320,7 @@ class TestaSpatialBlock(nn.Module):
         token_map: Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Update class tokens `[B, 1 or G, 1, D]`, patches `[B, G, L, D]`, their sizes and the map of input patches."""
+        """Update class tokens `[B, 1 or G, 1, D]`, patches `[B, G, L, D]`, their sizes and the map."""
         residual, _, class_residual, query, key = self.attention(
             self.norm(patches), token_sizes, class_tokens=self.norm(class_tokens), **kwargs
         )
@@ -367,7 +367,7 @@ class TestaMLP(nn.Module):
 
 
 class TestaVideoLayer(GradientCheckpointingLayer):
-    """Temporal attention, frame merge, spatial attention, patch merge, MLP; joint and space-only attention start at the third."""
+    """Temporal attention, frame merge (divided attention only), spatial attention, patch merge, MLP."""
 
     def __init__(self, config: TestaVideoConfig, layer_idx: int):
         super().__init__()
@@ -699,7 +699,7 @@ class TestaTextLayer(GradientCheckpointingLayer):
 
 
 class TestaTextModel(TestaPreTrainedModel):
-    """BERT that reads a text alone, reads it together with a video, or (`config.is_decoder`) predicts it token by token.
+    """BERT that reads a text alone, together with a video, or (`config.is_decoder`) predicts it token by token.
 
     The text arrives as the tokenizer gives it; which token comes first ([CLS], [ENC], [DEC]) is the caller's choice.
     """
@@ -728,7 +728,7 @@ class TestaTextModel(TestaPreTrainedModel):
         self.embeddings.word_embeddings = value
 
     def cache_cross_attention(self, encoder_hidden_states: Tensor) -> EncoderDecoderCache:
-        """Compute the cross-attention keys and values of encoder states `[V, S, D]` once, to be passed as `past_key_values`.
+        """Compute cross-attention keys and values of encoder states `[V, S, D]` once, to pass as `past_key_values`.
 
         A text encoder may use the cache for any number of texts; a decoder adds its own tokens to it.
         """
@@ -871,7 +871,7 @@ class TestaModel(TestaPreTrainedModel):
 
 
 class TestaForRetrieval(TestaPreTrainedModel):
-    """Videos and texts in one embedding space, and a head that reads a text together with a video to tell if they match."""
+    """Videos and texts in one embedding space, and a head that tells whether a text read with a video matches it."""
 
     def __init__(self, config: TestaConfig):
         super().__init__(config)
@@ -916,8 +916,8 @@ class TestaForRetrieval(TestaPreTrainedModel):
         """Read texts together with videos.
 
         Args:
-            video_hidden_states: `[V, S, D]`, the `last_hidden_state` of videos. The number of texts is a multiple of V;
-                each video serves N / V texts in a row, and its keys and values are computed once.
+            video_hidden_states: `[V, S, D]`, the `last_hidden_state` of videos. N is a multiple of V; each video serves
+                N / V texts in a row, and its keys and values are computed once.
             input_ids: `[N, L]`, texts as the tokenizer gives them.
             attention_mask: `[N, L]`.
 
@@ -991,7 +991,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
         is_positive: Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Match every text with its video and with a hard negative video, and every video with a hard negative text."""
+        """Match texts with their videos and with hard negative videos, and videos with hard negative texts."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         negative_video, text_has_negative = sample_hard_negatives(logits_per_video.t(), is_positive)
