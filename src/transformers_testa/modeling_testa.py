@@ -916,8 +916,8 @@ class TestaForRetrieval(TestaPreTrainedModel):
         """Read texts together with videos.
 
         Args:
-            video_hidden_states: `[V, S, D]`, the `last_hidden_state` of videos. N is a multiple of V; each video serves
-                N / V texts in a row, and its keys and values are computed once.
+            video_hidden_states: `[V, S, D]`, the `last_hidden_state` of videos. N is a multiple of V; each video
+                serves N / V texts in a row, and its keys and values are computed once.
             input_ids: `[N, L]`, texts as the tokenizer gives them.
             attention_mask: `[N, L]`.
 
