@@ -68,7 +68,7 @@ class RetrievalArguments:
     num_example_queries: int = field(default=0, metadata={"help": "Searches to show after an evaluation."})
     index_folder: str | None = field(default=None, metadata={"help": "Folder of videos to add to the gallery."})
     gallery_dir: str | None = field(default=None, metadata={"help": "Where the gallery of embedded videos is kept."})
-    query: list[str] | None = field(default=None, metadata={"help": "Texts to search the gallery for."})
+    query: list[str] | None = field(default=None, metadata={"help": "One or more texts to search the gallery for."})
     top_k: int = field(default=10, metadata={"help": "Videos to show for a query."})
 
     def __post_init__(self):

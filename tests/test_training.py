@@ -77,6 +77,7 @@ def test_a_written_recipe_gives_the_same_arguments(tmp_path):
             r"recipe.yaml has `learning_rat`, which is no argument; did you mean `learning_rate`\?",
         ),
         ("seed: 1", ["--learning-rat", "1"], r"command line has `learning-rat`.*did you mean `learning_rate`\?"),
+        ("seed: 1", ["--seed", "2", "--seed", "3"], "command line has --seed 2 times; give all its values after one"),
         ("seed: 1", ["stray"], "'stray', which belongs to no argument"),
         ("- seed", [], "must be a mapping"),
         ("seed: [", [], "can't be read"),

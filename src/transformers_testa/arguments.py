@@ -1,6 +1,7 @@
 """Arguments that the scripts share, and recipes: files of arguments that the command line overrides."""
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -152,8 +153,13 @@ def parse_arguments(argument_classes: tuple[type, ...], arguments: list[str]) ->
         One object a class.
 
     Raises:
-        ValueError: The recipe can't be read, or an argument doesn't exist (the nearest name is suggested).
+        ValueError: The recipe can't be read, an argument doesn't exist (the nearest name is suggested), or it is given
+            twice.
     """
+    options = Counter(argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    for option, count in options.items():
+        if count > 1:
+            raise ValueError(f"The command line has {option} {count} times; give all its values after one {option}.")
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
         arguments = [*_recipe_as_arguments(Path(arguments[0]), argument_classes), *arguments[1:]]
     parser = HfArgumentParser(argument_classes, allow_abbrev=False)
