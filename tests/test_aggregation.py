@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from transformers_testa.aggregation_testa import (
@@ -34,7 +34,6 @@ def plans(draw, strategies=STRATEGIES):
 
 
 @given(plans())
-@settings(deadline=None)
 def test_every_slot_is_filled_and_none_is_out_of_range(plan):
     metric, num_merged, strategy, _, _, assignment = plan
     num_slots = metric.shape[-2] - num_merged
@@ -44,7 +43,6 @@ def test_every_slot_is_filled_and_none_is_out_of_range(plan):
 
 
 @given(plans(strategies=("geometry",)))
-@settings(deadline=None)
 def test_geometry_accepts_the_best_proposals_of_every_second_token(plan):
     metric, num_merged, _, _, class_token_ahead, assignment = plan
     for tokens, slots in zip(metric.flatten(0, 1), assignment.flatten(0, 1).tolist(), strict=True):
@@ -60,7 +58,6 @@ def test_geometry_accepts_the_best_proposals_of_every_second_token(plan):
 
 
 @given(plans(strategies=("importance", "prune")))
-@settings(deadline=None)
 def test_importance_gives_up_the_least_attended_tokens(plan):
     metric, num_merged, strategy, importance, _, assignment = plan
     for tokens, scores, slots in zip(
@@ -95,7 +92,6 @@ def test_importance_is_the_attention_all_others_pay():
 
 
 @given(st.integers(0, 2**31), st.integers(1, 3))
-@settings(deadline=None)
 def test_frames_vote_patch_by_patch(seed, num_merged):
     metric = torch.randn(5, 8, 4, generator=torch.Generator().manual_seed(seed))  # 5 patch positions, 8 frames
     slots = plan_aggregation(metric, num_merged, vote=True).tolist()
@@ -112,7 +108,6 @@ def test_frames_vote_patch_by_patch(seed, num_merged):
 
 
 @given(plans(), st.integers(0, 2**31))
-@settings(deadline=None)
 def test_merging_keeps_the_weighted_mean(plan, seed):
     metric, num_merged, _, _, _, assignment = plan
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +122,6 @@ def test_merging_keeps_the_weighted_mean(plan, seed):
 
 
 @given(plans())
-@settings(deadline=None)
 def test_unmerging_gives_every_token_its_slot(plan):
     metric, num_merged, _, _, _, assignment = plan
     values = torch.arange(metric.shape[-2] - num_merged).float()[:, None].expand(2, 3, -1, 1) + 1

@@ -98,7 +98,7 @@ def indices(processor, video, **kwargs):
 
 
 @pytest.mark.parametrize("name", CLIPS)
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(num_frames=st.integers(1, NUM_FRAMES + 5), seed=st.integers(0, 1000))
 def test_frame_n_is_the_nth_frame_of_a_plain_decode(clip, processor, name, num_frames, seed):
     path, expected = clip(name)

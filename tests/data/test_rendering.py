@@ -89,10 +89,10 @@ def test_a_group_shows_its_number_of_objects_in_every_frame(count):
 
 
 def test_objects_are_large_enough_for_small_frames():
-    for size, share in (("small", 0.2), ("large", 1 / 3)):
+    for size, share in (("small", 0.3), ("large", 0.5)):
         frame = render_scene(scene("enter", shape(size=size), direction="right"), SIZE, FPS)[-1]
         rows = np.flatnonzero(is_color(frame, "red").any(axis=1))
-        assert share * SIZE <= rows[-1] - rows[0] + 1 <= 0.5 * SIZE
+        assert share * SIZE <= rows[-1] - rows[0] + 1 <= 0.7 * SIZE
 
 
 def test_shapes_and_colors_and_textures_all_differ():

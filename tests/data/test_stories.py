@@ -24,7 +24,6 @@ def appearances(story):
 
 
 @given(seeds, worlds)
-@settings(deadline=None)
 def test_the_same_seed_gives_the_same_story_paragraph_and_questions(seed, world):
     first, second = random.Random(seed), random.Random(seed)
     story, again = plan_story(world, first), plan_story(world, second)
@@ -34,7 +33,6 @@ def test_the_same_seed_gives_the_same_story_paragraph_and_questions(seed, world)
 
 
 @given(seeds, worlds)
-@settings(deadline=None)
 def test_a_story_shows_each_object_once(seed, world):
     story = plan_story(world, random.Random(seed))
     assert world.min_scenes <= len(story.scenes) <= world.max_scenes
@@ -43,7 +41,6 @@ def test_a_story_shows_each_object_once(seed, world):
 
 
 @given(seeds, worlds)
-@settings(deadline=None)
 def test_a_twin_has_the_same_scenes_and_none_in_its_place(seed, world):
     rng = random.Random(seed)
     story = plan_story(world, rng)
@@ -53,7 +50,6 @@ def test_a_twin_has_the_same_scenes_and_none_in_its_place(seed, world):
 
 
 @given(seeds, worlds)
-@settings(deadline=None)
 def test_each_sentence_names_the_objects_of_its_scene_in_order(seed, world):
     rng = random.Random(seed)
     story = plan_story(world, rng)
@@ -68,7 +64,6 @@ def test_each_sentence_names_the_objects_of_its_scene_in_order(seed, world):
 
 
 @given(seeds)
-@settings(deadline=None)
 def test_words_of_order_agree_with_the_place_of_their_sentence(seed):
     rng = random.Random(seed)
     first, *middle, last = (sentence.lower() for sentence in tell(plan_story(WORLD, rng), rng).split(". "))
@@ -78,7 +73,6 @@ def test_words_of_order_agree_with_the_place_of_their_sentence(seed):
 
 
 @given(seeds)
-@settings(deadline=None)
 def test_a_paragraph_of_twelve_scenes_fits_150_tokens(seed):
     rng = random.Random(seed)
     paragraph = tell(plan_story(World(kinds=WORLD.kinds, min_scenes=12), rng), rng)
@@ -151,7 +145,7 @@ def right_answers(story, question):
 
 
 @given(seeds, worlds)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_question_has_exactly_one_answer_in_its_story(seed, world):
     rng = random.Random(seed)
     story = plan_story(world, rng)

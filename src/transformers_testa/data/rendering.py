@@ -80,7 +80,7 @@ def _places(scene: Scene, progress: float) -> list[tuple[int, float, float, floa
     done = min(1.0, max(0.0, (progress - 0.1) / 0.8))
     if scene.action in ("enter", "leave", "move"):
         # Fast outside of the picture and slow in its middle, so that few of the frames show nothing.
-        along = {"enter": -0.75 * (1 - done) ** 2, "leave": 0.75 * done**2, "move": 0.7 * done - 0.35}[scene.action]
+        along = {"enter": -0.85 * (1 - done) ** 2, "leave": 0.85 * done**2, "move": 0.7 * done - 0.35}[scene.action]
         step_x, step_y = STEPS[scene.direction]
         x, y = (0.5 + step_x * along, scene.lane) if step_x else (scene.lane, 0.5 + step_y * along)
         return [(0, x, y, 1.0)]

@@ -1,0 +1,12 @@
+import os
+
+from hypothesis import settings
+
+
+# Before anything imports a Hugging Face library: no test asks the network for a model or a data set.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
