@@ -337,13 +337,8 @@ def test_wrong_searches_are_told_in_a_sentence(tmp_path, model, processor, galle
 # Evaluation
 
 
-class VideoSet(torch.utils.data.Dataset):
-    def __init__(self, size):
-        generator = torch.Generator().manual_seed(1)
-        self.rows = [
-            {"pixel_values_videos": torch.randn(6, 3, 32, 32, generator=generator), "video_id": f"video {number}"}
-            for number in range(size)
-        ]
+class RowSet(torch.utils.data.Dataset):
+    rows: list[dict]
 
     def __len__(self):
         return len(self.rows)
@@ -351,13 +346,22 @@ class VideoSet(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return self.rows[index]
 
+
+class VideoSet(RowSet):
+    def __init__(self, size):
+        generator = torch.Generator().manual_seed(1)
+        self.rows = [
+            {"pixel_values_videos": torch.randn(6, 3, 32, 32, generator=generator), "video_id": f"video {number}"}
+            for number in range(size)
+        ]
+
     @staticmethod
     def collate(rows):
         pixels = torch.stack([row["pixel_values_videos"] for row in rows])
         return {"pixel_values_videos": pixels, "video_id": [row["video_id"] for row in rows]}
 
 
-class TextSet(torch.utils.data.Dataset):
+class TextSet(RowSet):
     """Texts of 4 to 9 tokens; text i belongs to video i modulo the number of videos."""
 
     def __init__(self, size, videos):
@@ -373,12 +377,6 @@ class TextSet(torch.utils.data.Dataset):
             }
             for i in range(size)
         ]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
     @staticmethod
     def collate(rows):

@@ -133,7 +133,7 @@ class TestaVideoEmbeddings(nn.Module):
         patches = patches.flatten(2).transpose(1, 2).unflatten(0, (B, T))  # [B*T, D, h, w] -> [B, T, L, D]
         patches = self.dropout(patches + patch_positions)
         if self.config.attention_type != "space_only":
-            patches = self.dropout(patches + self.resize_time_embeddings(T)[:, :, None])
+            patches = self.dropout(patches + _resize_time(self.time_embeddings, T)[:, :, None])
         class_token = self.dropout(self.class_token + class_position)
         return class_token.expand(B, -1, -1), patches
 
@@ -146,12 +146,9 @@ class TestaVideoEmbeddings(nn.Module):
             positions = grid.flatten(2).transpose(1, 2)
         return class_position, positions
 
-    def resize_time_embeddings(self, num_frames: int) -> Tensor:
-        """Return time embeddings `[1, T, D]` of another number of frames."""
-        return _resize_time(self.time_embeddings, num_frames)
-
 
 def _resize_time(values: Tensor, num_frames: int) -> Tensor:
+    """Return what is learned for each frame, `[1, T, D]`, for another number of frames."""
     if values.shape[1] == num_frames:
         return values
     return F.interpolate(values.transpose(1, 2), size=num_frames, mode="nearest").transpose(1, 2)

@@ -19,7 +19,8 @@ from transformers.video_utils import VideoMetadata
 
 logger = logging.get_logger(__name__)
 
-FRAME_SAMPLING = ("uniform", "legacy_uniform", "middle", "random", "head_tail", "jitter")
+RANDOM_FRAME_SAMPLING = ("random", "head_tail", "jitter")
+FRAME_SAMPLING = ("uniform", "legacy_uniform", "middle", *RANDOM_FRAME_SAMPLING)
 
 # Formats that hold their frames themselves: a playlist or an image pattern could name any other file.
 SELF_CONTAINED_FORMATS = (

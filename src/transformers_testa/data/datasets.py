@@ -15,13 +15,11 @@ import torch
 from torch.utils.data import Sampler
 
 from transformers_testa.processing_testa import TestaProcessor
-from transformers_testa.video_decoding_testa import VideoDecodingError
+from transformers_testa.video_decoding_testa import RANDOM_FRAME_SAMPLING, VideoDecodingError
 from transformers_testa.video_processing_testa import TestaVideoProcessor
 
 
 logger = logging.getLogger(__name__)
-
-_RANDOM_SAMPLING = ("random", "head_tail", "jitter")
 
 
 class VideoTextDataset(torch.utils.data.Dataset):
@@ -104,7 +102,7 @@ def cache_frames(
     Raises:
         ValueError: The video processor draws frames at random, which a cache would draw once for all epochs.
     """
-    if video_processor.frame_sampling in _RANDOM_SAMPLING:
+    if video_processor.frame_sampling in RANDOM_FRAME_SAMPLING:
         raise ValueError(
             f"cache_frames keeps one choice of frames for each video, and frame_sampling="
             f"{video_processor.frame_sampling!r} draws others every time; use uniform or middle sampling, or no cache."
