@@ -1,28 +1,31 @@
 import logging
 import os
-from collections import Counter
 from functools import partial
-from itertools import islice
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from datasets import Dataset
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer
-from video_files import write_video
+from video_files import numbered_frame, write_video
 
 from transformers_testa.data.annotations import build_table
+from transformers_testa.data.augmentation import VideoAugmentation
 from transformers_testa.data.datasets import (
     BrokenVideos,
-    EpochBatchSampler,
     VideoTextDataset,
     cache_frames,
+    check_answers,
+    collate_choice_samples,
+    collate_choices,
+    collate_question_samples,
+    collate_questions,
     collate_texts,
     collate_training_samples,
     collate_videos,
     distinct_videos,
-    distractor_rows,
 )
 from transformers_testa.processing_testa import TestaProcessor
 from transformers_testa.video_processing_testa import TestaVideoProcessor
@@ -30,7 +33,7 @@ from transformers_testa.video_processing_testa import TestaVideoProcessor
 
 @pytest.fixture
 def processor():
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs", "?", "what"]
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     return TestaProcessor(TestaVideoProcessor(size={"height": 16, "width": 16}, num_frames=4), tokenizer)
 
@@ -48,12 +51,34 @@ def table(tmp_path):
     return build_table(list(enumerate(rows)), tmp_path / "train.jsonl", tmp_path)
 
 
+@pytest.fixture
+def questions(table):
+    """Three questions about two videos, with one, two and one answers."""
+    columns = {
+        "question_id": ["q0", "q1", "q2"],
+        "question": ["what runs?", "what", "what is what"],
+        "answers": [["a dog"], ["dog", "a dog runs"], ["what"]],
+        "answer_weights": [[0.2], [0.4, 0.6], [1.0]],
+    }
+    return Dataset.from_dict({"video": table["video"], "video_id": table["video_id"], **columns})
+
+
+@pytest.fixture
+def choices(questions):
+    return (
+        questions.select_columns(["video", "video_id", "question_id", "question"])
+        .add_column("choices", [["a dog", "runs"], ["dog", "what"], ["a", "dog"]])
+        .add_column("label", [0, 1, 1])
+    )
+
+
 def test_an_item_holds_the_frames_of_its_clip(table, processor):
     dataset = VideoTextDataset(table, processor.video_processor)
     item = dataset[1]
     expected = processor.video_processor.decode(table[1]["video"], start=0.2, end=0.8)
     assert torch.equal(item["frames"], expected) and item["text"] == "a dog"
     assert [dataset[number]["pair_id"] for number in range(3)] == [0, 1, 0]
+    assert [dataset[number]["index"] for number in range(3)] == [0, 1, 2]
 
 
 def test_a_seed_chooses_the_frames_of_random_sampling(table, processor):
@@ -62,6 +87,66 @@ def test_a_seed_chooses_the_frames_of_random_sampling(table, processor):
     draws = [dataset[1, seed]["frames"] for seed in range(8)]
     assert torch.equal(draws[0], dataset[1, 0]["frames"])
     assert any(not torch.equal(draws[0], draw) for draw in draws[1:])
+
+
+def test_augmentation_changes_frames_by_the_seed_cached_or_not(table, processor, tmp_path):
+    augmentation = VideoAugmentation(12)
+    expected = augmentation(processor.video_processor.decode(table[0]["video"]), 5)
+    for frames in (None, cache_frames(table, processor.video_processor, tmp_path / "cache")):
+        dataset = VideoTextDataset(table, processor.video_processor, frames, augmentation)
+        assert torch.equal(dataset[0, 5]["frames"], expected)
+        with pytest.raises(ValueError, match="Row 0 is asked for without a seed"):
+            dataset[0]
+
+
+def rows_of_images(*files):
+    rows = [{"video": file, "video_id": file, "text": "a dog"} for file in files]
+    return Dataset.from_list([{**row, "video": str(row["video"]), "video_id": str(row["video_id"])} for row in rows])
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".webp", ".bmp"])
+def test_an_image_is_a_video_that_stands_still(processor, tmp_path, suffix):
+    picture = numbered_frame(5, 32, 48)
+    Image.fromarray(picture).save(tmp_path / f"picture{suffix}")
+    item = VideoTextDataset(rows_of_images(tmp_path / f"picture{suffix}"), processor.video_processor)[0]
+    expected = processor.video_processor.decode(picture[None])
+    assert item["frames"].shape == expected.shape == (4, 3, 16, 16) and item["frames"].dtype == torch.uint8
+    assert (item["frames"] == item["frames"][0]).all()
+    # JPEG and WebP are lossy.
+    assert (item["frames"].float() - expected.float()).abs().mean() < 12
+
+
+def test_an_image_is_upright_and_in_rgb(processor, tmp_path):
+    picture = np.zeros((32, 32), dtype=np.uint8)
+    picture[:16] = 200
+    lies = Image.Exif()
+    lies[0x0112] = 6  # The top of the stored picture is the right side of the upright one.
+    Image.fromarray(picture).save(tmp_path / "grey.png", exif=lies)
+    frames = VideoTextDataset(rows_of_images(tmp_path / "grey.png"), processor.video_processor)[0]["frames"]
+    assert (frames[..., 0] == 0).all() and (frames[..., -1] == 200).all()
+
+
+def test_a_broken_image_is_reported_like_a_broken_video(processor, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    Image.fromarray(numbered_frame(1)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    table = rows_of_images(tmp_path / "text.jpg", tmp_path / "cut.png", tmp_path / "whole.png", tmp_path / "gone.bmp")
+    dataset, broken = VideoTextDataset(table, processor.video_processor), BrokenVideos()
+    (batch,) = broken.filter([collate_training_samples([dataset[row] for row in range(4)], processor, 8)])
+    assert batch["pair_ids"].tolist() == [2]
+    assert list(broken) == [table[row]["video"] for row in (0, 1, 3)]
+    assert all(f"{video} cannot be read as an image" in reason for video, reason in broken.items())
+
+
+def test_images_are_cached_beside_videos(table, processor, tmp_path):
+    Image.fromarray(numbered_frame(5, 32, 48)).save(tmp_path / "picture.png")
+    (tmp_path / "text.jpg").write_text("no picture")
+    files = [table[0]["video"], tmp_path / "picture.png", tmp_path / "text.jpg"]
+    table = rows_of_images(*files)
+    frames = cache_frames(table, processor.video_processor, tmp_path / "cache")
+    decoded, cached = (VideoTextDataset(table, processor.video_processor, found) for found in (None, frames))
+    assert all(torch.equal(decoded[row]["frames"], cached[row]["frames"]) for row in (0, 1))
+    assert "text.jpg" in cached[2]["error"]
 
 
 def test_training_batches_are_normalised_tokenized_and_know_their_videos(table, processor):
@@ -103,6 +188,68 @@ def test_evaluation_sees_each_video_once_and_every_text(table, processor):
     assert texts["index"] == [0, 1, 2] and len(texts["input_ids"]) == 3
 
 
+def test_a_question_batch_holds_all_answers_of_its_questions_in_order(questions, processor):
+    dataset = VideoTextDataset(questions, processor.video_processor)
+    batch = collate_question_samples([dataset[0, 5], dataset[1, 6], dataset[2, 7]], processor, max_question_tokens=4)
+    plain = processor(videos=[questions[0]["video"]], return_tensors="pt")["pixel_values_videos"]
+    torch.testing.assert_close(batch.pop("pixel_values_videos")[:1], plain)
+    assert batch.pop("input_ids").tolist() == [[2, 9, 7, 3], [2, 9, 3, 0], [2, 9, 1, 3]]
+    assert batch.pop("attention_mask").tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
+    answers = [[2, 5, 6, 3, 0], [2, 6, 3, 0, 0], [2, 5, 6, 7, 3], [2, 9, 3, 0, 0]]
+    assert batch.pop("answer_input_ids").tolist() == answers
+    assert batch.pop("answer_attention_mask").sum(1).tolist() == [4, 3, 5, 3]
+    assert batch["answer_weights"].dtype == torch.float32 and batch["answers_per_question"].dtype == torch.int64
+    torch.testing.assert_close(batch.pop("answer_weights"), torch.tensor([0.2, 0.4, 0.6, 1.0]))
+    assert batch.pop("answers_per_question").tolist() == [1, 2, 1]
+    assert batch == {"broken_videos": []}
+
+
+def test_a_choice_batch_holds_a_text_for_each_choice(choices, processor):
+    dataset = VideoTextDataset(choices, processor.video_processor)
+    batch = collate_choice_samples([dataset[0, 5], dataset[1, 6]], processor, max_question_tokens=8)
+    assert batch.pop("pixel_values_videos").shape == (2, 4, 3, 16, 16)
+    # One question has its question mark, the other doesn't.
+    assert batch.pop("input_ids").tolist() == [
+        [[2, 9, 7, 8, 5, 6, 3], [2, 9, 7, 8, 7, 3, 0]],
+        [[2, 9, 8, 6, 3, 0, 0], [2, 9, 8, 9, 3, 0, 0]],
+    ]
+    assert batch.pop("attention_mask").sum(-1).tolist() == [[7, 6], [5, 5]]
+    assert batch["labels"].dtype == torch.int64 and batch.pop("labels").tolist() == [0, 1]
+    assert batch == {"broken_videos": []}
+
+
+@pytest.mark.parametrize(
+    ("task", "training", "evaluation"),
+    [
+        ("questions", collate_question_samples, collate_questions),
+        ("choices", collate_choice_samples, collate_choices),
+    ],
+)
+def test_evaluation_reads_what_training_reads_and_knows_the_rows(request, processor, task, training, evaluation):
+    dataset = VideoTextDataset(request.getfixturevalue(task), processor.video_processor)
+    samples = [dataset[2], dataset[1]]
+    batch, trained = evaluation(samples, processor, 8), training(samples, processor, 8)
+    for name in ("pixel_values_videos", "input_ids", "attention_mask"):
+        assert torch.equal(batch.pop(name), trained[name])
+    assert batch == {"question_id": ["q2", "q1"], "index": [2, 1], "broken_videos": []}
+
+
+@pytest.mark.parametrize("collate", [collate_question_samples, collate_questions])
+def test_questions_about_a_broken_video_are_left_out(questions, processor, tmp_path, collate):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    dataset = VideoTextDataset(questions, processor.video_processor)
+    batch = collate([dataset[row] for row in range(3)], processor, 8)
+    assert len(batch["input_ids"]) == 1 and len(batch["broken_videos"]) == 2
+    assert batch.get("question_id", ["q1"]) == ["q1"] and len(batch.get("answer_weights", "ab")) == 2
+    assert list(collate([dataset[0]], processor, 8)) == ["broken_videos"]
+
+
+def test_an_answer_that_is_too_long_is_found_before_a_run(questions, processor):
+    check_answers(questions, processor.tokenizer, max_answer_tokens=5)
+    with pytest.raises(ValueError, match="'q1': the answer 'a dog runs' has 5 tokens, and max_answer_tokens is 4"):
+        check_answers(questions, processor.tokenizer, max_answer_tokens=4)
+
+
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_cached_frames_are_the_decoded_ones(table, processor, tmp_path, num_proc):
     frames = cache_frames(table, processor.video_processor, tmp_path / "cache", num_proc)
@@ -138,70 +285,18 @@ def test_random_sampling_is_not_cached(table, processor, tmp_path, frame_samplin
         cache_frames(table, processor.video_processor, tmp_path)
 
 
-def epoch_of(sampler, epoch=0):
-    first = epoch * sampler.batches_per_epoch
-    return list(islice(sampler, first, first + sampler.batches_per_epoch))
-
-
-@st.composite
-def hard_negatives(draw):
-    """Rows of which some name others, in any way."""
-    num_rows = draw(st.integers(2, 40))
-    row = st.integers(0, num_rows - 1)
-    return [draw(st.lists(row.filter(lambda other, own=own: other != own), max_size=2)) for own in range(num_rows)]
-
-
-@given(hard_negatives(), st.integers(1, 9), st.integers(0, 100))
-def test_an_epoch_is_full_batches_of_different_rows(partners, batch_size, seed):
-    batch_size = min(batch_size, len(partners))
-    batches = epoch_of(EpochBatchSampler(len(partners), batch_size, seed, partners), epoch=2)
-    assert len(batches) == len(partners) // batch_size
-    assert all(len(batch) == batch_size for batch in batches)
-    assert max(Counter(row for batch in batches for row, _ in batch).values()) == 1
-
-
-@given(st.integers(1, 30), st.integers(0, 5), st.integers(2, 9), st.integers(0, 100))
-def test_twins_share_a_batch(num_pairs, num_singles, batch_size, seed):
-    num_rows = 2 * num_pairs + num_singles
-    batch_size = min(batch_size, num_rows)
-    partners = [[row ^ 1] if row < 2 * num_pairs else [] for row in range(num_rows)]
-    batches = [
-        {row for row, _ in batch} for batch in epoch_of(EpochBatchSampler(num_rows, batch_size, seed, partners))
-    ]
-    parted = sum(row < 2 * num_pairs and row ^ 1 not in batch for batch in batches for row in batch)
-    # An odd place that no single row fills takes half a pair; for even batches that is one pair at the most.
-    assert parted <= (len(batches) + 1 if batch_size % 2 else 2)
-
-
-@given(st.integers(2, 30), st.integers(1, 6), st.integers(0, 40), st.integers(0, 100))
-@settings(max_examples=50)
-def test_a_sampler_goes_on_where_another_stopped(num_rows, batch_size, done, seed):
-    batch_size = min(batch_size, num_rows)
-    whole = list(islice(EpochBatchSampler(num_rows, batch_size, seed), done + 10))
-    resumed = EpochBatchSampler(num_rows, batch_size, seed)
-    resumed.first_batch = done
-    assert list(islice(resumed, 10)) == whole[done:]
-
-
-def test_epochs_and_seeds_differ():
-    sampler = EpochBatchSampler(20, 4, seed=1)
-    assert epoch_of(sampler, 0) != epoch_of(sampler, 1) != epoch_of(EpochBatchSampler(20, 4, seed=2), 1)
-
-
-def test_a_row_is_paired_with_any_row_of_the_video_it_names(table):
-    assert distractor_rows(table) == [[1], [0, 2], [1]]
-    with pytest.raises(ValueError, match="column `distractor`"):
-        distractor_rows(table.remove_columns("distractor"))
-
-
-def test_too_few_rows_for_a_batch_is_an_error():
-    with pytest.raises(ValueError, match="has 3 rows and a batch 4; lower per_device_train_batch_size"):
-        EpochBatchSampler(3, 4)
-
-
 def test_the_digest_changes_with_the_texts_and_not_with_the_folder(table, processor):
     digest = VideoTextDataset(table, processor.video_processor).digest()
     moved = table.map(lambda row: {"video": "/elsewhere/" + row["video"]})
     retold = table.map(lambda row: {"text": row["text"] + " away"})
     assert VideoTextDataset(moved, processor.video_processor).digest() == digest
     assert VideoTextDataset(retold, processor.video_processor).digest() != digest
+
+
+def test_the_digest_changes_with_the_answers(questions, choices, processor):
+    def digest(table):
+        return VideoTextDataset(table, processor.video_processor).digest()
+
+    shorter = questions.map(lambda row: {"answers": row["answers"][:1]})
+    swapped = choices.map(lambda row: {"choices": row["choices"][::-1]})
+    assert len({digest(table) for table in (questions, shorter, choices, swapped)}) == 4

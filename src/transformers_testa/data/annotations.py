@@ -1,20 +1,27 @@
-"""From annotation files to one table: video, video_id, text and, where the rows have them, start, end, distractor."""
+"""From annotation files to one table of videos with texts, open-ended questions or multiple-choice questions."""
 
 import csv
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 from datasets import Dataset
 
 
 logger = logging.getLogger(__name__)
 
-_REQUIRED_COLUMNS = ("video", "video_id", "text")
-_OPTIONAL_COLUMNS = ("start", "end", "distractor")
+Task = Literal["text", "question", "choice"]
+# The number of each row in its file, for messages, and the row.
+Rows = list[tuple[int, dict]]
+
+
+# --- Cleaning ----------------------------------------------------------------------------------------------------------
 
 
 def clean_caption(text: str, max_words: int | None = None) -> str:
@@ -27,41 +34,67 @@ def clean_question(text: str, max_words: int | None = 50) -> str:
     return _first_words(re.sub(r"[.!\"()*#:;~]", "", text.lower()), max_words)
 
 
+def clean_answer(text: str) -> str:
+    """Lower-case an answer and strip the spaces around it."""
+    return text.lower().strip()
+
+
 def _first_words(text: str, max_words: int | None) -> str:
     return " ".join(text.split()[:max_words])
 
 
-def load_annotations(file: str | Path, video_root: str | Path | None = None, max_words: int | None = None) -> Dataset:
-    """Read a JSONL or CSV file of videos and their texts.
+# --- Files -------------------------------------------------------------------------------------------------------------
 
-    Rows whose video is missing are dropped, with one warning that counts them.
+
+def load_annotations(
+    file: str | Path, video_root: str | Path | None = None, max_words: int | None = None, task: Task = "text"
+) -> Dataset:
+    """Read a JSONL or CSV file of videos and their texts or questions.
+
+    Rows whose video is missing are dropped, with one warning that counts them. Each row has `video` (a path or a URL)
+    and `video_id`, may have `start` and `end` (seconds), and the columns of its task:
+
+    - "text" (retrieval, captioning): `text`, and optionally `distractor` (the `video_id` of the video that is hardest
+      to tell from this one);
+    - "question" (open-ended): `question`, `answers` (a list, or one answer as a string), and optionally
+      `answer_weights` (one positive number an answer; each is 1 if not given);
+    - "choice" (multiple choice): `question`, `choices` (a list, of one length in the whole file) and `label` (the
+      right choice, counted from 0).
+
+    Questions may also have `question_type`, and `question_id`, which is `<video_id>-<line>` if not given.
 
     Args:
-        file: A `.jsonl` file of one object a line, or a `.csv` file with a header. Each row has `video` (a path or a
-            URL), `video_id` and `text`, and may have `start` and `end` (seconds) and `distractor` (the `video_id` of
-            the video that is hardest to tell from this one).
+        file: A `.jsonl` file of one object a line, or a `.csv` file with a header, in which a list is a JSON list.
         video_root: Folder that relative paths in `video` start from; the folder of `file` if not given.
-        max_words: Words kept of each text; all if not given.
+        max_words: Words kept of each text (all if not given) or question (50 if not given).
+        task: "text", "question" or "choice".
 
     Returns:
-        A `datasets.Dataset` with the columns `video` (absolute path or URL), `video_id`, `text` (cleaned) and those of
-        `start`, `end` and `distractor` that the file has; None where a row leaves them out.
+        A `datasets.Dataset` with the columns of the task, `video` as an absolute path or a URL, texts, questions and
+        answers cleaned, `answers` a list of str, `answer_weights` a list of float, `label` an int. Of `start`, `end`,
+        `distractor` and `question_type` it has those that the file has; None where a row leaves them out.
 
     Raises:
         ValueError: The file doesn't exist or is empty, a row is broken (named by its line), or no video exists.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"The annotation file {file} doesn't exist.")
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    file = existing_file(file)
+    readers = {".jsonl": read_jsonl, ".csv": read_csv}
     if file.suffix not in readers:
         raise ValueError(
             f"{file}: annotations are .jsonl or .csv files, not {file.suffix or 'files without an ending'}."
         )
-    return build_table(readers[file.suffix](file), file, video_root or file.parent, max_words)
+    return build_table(readers[file.suffix](file), file, video_root or file.parent, max_words, task)
 
 
-def _read_jsonl(file: Path) -> list[tuple[int, dict]]:
+def existing_file(file: str | Path) -> Path:
+    """Return the path of an annotation file, or raise ValueError if there is no such file."""
+    if not Path(file).is_file():
+        raise ValueError(f"The annotation file {file} doesn't exist.")
+    return Path(file)
+
+
+def read_jsonl(file: Path) -> Rows:
+    """Return the objects of a JSONL file and their lines; a line that is no object is a ValueError."""
     rows = []
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -77,14 +110,31 @@ def _read_jsonl(file: Path) -> list[tuple[int, dict]]:
     return rows
 
 
-def _read_csv(file: Path) -> list[tuple[int, dict]]:
+def read_csv(file: Path) -> Rows:
+    """Return the rows of a CSV file, without their empty fields, and their lines."""
+    rows = []
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
-        return [(reader.line_num, {name: value for name, value in row.items() if value != ""}) for row in reader]
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{file}, line {reader.line_num}: {len(row[None])} more fields than the header has; a text with a "
+                    "comma needs quotes around it."
+                )
+            rows.append((reader.line_num, {name: value for name, value in row.items() if value}))
+    return rows
+
+
+# --- Rows to a table ---------------------------------------------------------------------------------------------------
 
 
 def build_table(
-    rows: list[tuple[int, dict]], file: Path, video_root: str | Path, max_words: int | None = None
+    rows: Rows,
+    file: str | Path,
+    video_root: str | Path,
+    max_words: int | None = None,
+    task: Task = "text",
+    unit: str = "line",
 ) -> Dataset:
     """Check rows and make them the table described at [`load_annotations`].
 
@@ -92,16 +142,23 @@ def build_table(
         rows: Line numbers, for messages, and rows with the columns of [`load_annotations`].
         file: Where the rows come from, for messages.
         video_root: Folder that relative paths start from.
-        max_words: Words kept of each text; all if not given.
+        max_words: Words kept of each text or question, as in [`load_annotations`].
+        task: "text", "question" or "choice".
+        unit: What the numbers of the rows count, for messages.
 
     Raises:
         ValueError: There is no row, a row is broken, or none of the videos exists.
     """
+    columns = task_columns(task, Path(video_root), max_words)
     if not rows:
         raise ValueError(f"{file} has no rows.")
-    checked = [_check_row(row, f"{file}, line {line}", Path(video_root), max_words) for line, row in rows]
-    _check_video_ids(checked, [f"{file}, line {line}" for line, _ in rows])
-    missing = {row["video"] for row in checked if "://" not in row["video"] and not Path(row["video"]).is_file()}
+    places = [f"{file}, {unit} {number}" for number, _ in rows]
+    checked = [_check_row(row, number, place, columns) for (number, row), place in zip(rows, places, strict=True)]
+    _check_video_ids(checked, places)
+    if task != "text":
+        _check_questions(checked, places)
+    local_videos = {row["video"] for row in checked if "://" not in row["video"]}
+    missing = {video for video in local_videos if not Path(video).is_file()}
     kept = [row for row in checked if row["video"] not in missing]
     if not kept:
         raise ValueError(
@@ -113,36 +170,34 @@ def build_table(
             f"{file}: {len(missing)} videos don't exist, {sorted(missing)[0]} for one; {len(checked) - len(kept)} of "
             f"{len(checked)} rows are dropped."
         )
-    optional = [name for name in _OPTIONAL_COLUMNS if any(row[name] is not None for row in kept)]
-    return Dataset.from_list([{name: row[name] for name in (*_REQUIRED_COLUMNS, *optional)} for row in kept])
+    used = [name for name in columns if any(row[name] is not None for row in kept)]
+    return Dataset.from_list([{name: row[name] for name in used} for row in kept])
 
 
-def _check_row(row: dict, place: str, video_root: Path, max_words: int | None) -> dict:
-    for name in _REQUIRED_COLUMNS:
-        if row.get(name) is None:
-            raise ValueError(f"{place}: `{name}` is missing; the row has {', '.join(map(str, row)) or 'nothing'}.")
-    text = clean_caption(str(row["text"]), max_words)
-    if not text:
-        raise ValueError(f"{place}: `text` is {row['text']!r}, which has no words.")
-    video = str(row["video"])
-    distractor = row.get("distractor")
-    return {
-        "video": video if "://" in video else str((video_root / video).absolute()),
-        "video_id": str(row["video_id"]),
-        "text": text,
-        "start": _seconds(row, "start", place),
-        "end": _seconds(row, "end", place),
-        "distractor": None if distractor is None else str(distractor),
-    }
+def answer_candidates(table: Dataset) -> list[str]:
+    """Return the distinct answers of a table of the task "question", in the order of their first appearance."""
+    return list(dict.fromkeys(answer for answers in table["answers"] for answer in answers))
 
 
-def _seconds(row: dict, name: str, place: str) -> float | None:
-    if row.get(name) is None:
-        return None
-    try:
-        return float(row[name])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{place}: `{name}` is {row[name]!r}; a number of seconds is needed.") from error
+def missing_field(name: str, row: dict, place: str, note: str = "") -> ValueError:
+    """Return the error of a row that lacks a field."""
+    return ValueError(f"{place}: `{name}` is missing{note}; the row has {', '.join(map(str, row)) or 'nothing'}.")
+
+
+def _check_row(row: dict, number: int, place: str, columns: dict[str, "Column"]) -> dict:
+    checked = {}
+    for name, column in columns.items():
+        value = row.get(name)
+        if value is not None:
+            try:
+                checked[name] = column.read(value, checked)
+            except ValueError as error:
+                raise ValueError(f"{place}: `{name}` is {value!r}; {error}.") from error
+        elif column.default is not None:
+            checked[name] = column.default(checked, number)
+        else:
+            raise missing_field(name, row, place, column.note)
+    return checked
 
 
 def _check_video_ids(rows: list[dict], places: list[str]):
@@ -156,68 +211,150 @@ def _check_video_ids(rows: list[dict], places: list[str]):
                 f"{first_place} for {first[0]} from {first[1]} to {first[2]} s; two clips need two ids."
             )
     for row, place in zip(rows, places, strict=True):
-        if row["distractor"] is not None and row["distractor"] not in seen.keys() - {row["video_id"]}:
+        distractor = row.get("distractor")
+        if distractor is not None and (distractor not in seen or distractor == row["video_id"]):
+            raise ValueError(f"{place}: `distractor` {distractor!r} is no other video's `video_id` in this file.")
+
+
+def _check_questions(rows: list[dict], places: list[str]):
+    seen = {}
+    num_choices = len(rows[0].get("choices", ()))
+    for row, place in zip(rows, places, strict=True):
+        first_place = seen.setdefault(row["question_id"], place)
+        if first_place != place:
             raise ValueError(
-                f"{place}: `distractor` {row['distractor']!r} is no other video's `video_id` in this file."
+                f"{place}: `question_id` {row['question_id']!r} is that of {first_place} too; each question needs its "
+                "own."
+            )
+        if len(row.get("choices", ())) != num_choices:
+            raise ValueError(
+                f"{place}: there are {len(row['choices'])} `choices`, but {num_choices} in {places[0]}; all questions "
+                "need the same number."
             )
 
 
-@dataclass
-class Benchmark:
-    """How a public benchmark is read.
+# --- The columns of each task ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column is checked.
 
     Args:
-        read: From the benchmark's folder and a split (train, validation or test) to the annotation file and its
-            numbered rows, in the columns of [`load_annotations`].
-        max_words: Words kept of each text.
+        read: From a value and the columns of its row before this one to the value in the table. Its ValueError goes on
+            from "`column` is value; ".
+        default: From the columns of the row before this one and the row's number to the value where the row gives
+            none; where this is None, such a row is an error.
+        note: Added to that error.
     """
 
-    read: Callable[[Path, str], tuple[Path, list[tuple[int, dict]]]]
-    max_words: int
+    read: Callable[[Any, dict], Any]
+    default: Callable[[dict, int], Any] | None = None
+    note: str = ""
 
 
-def _read_clip_names(folder: Path, split: str) -> tuple[Path, list[tuple[int, dict]]]:
-    file = folder / f"{'val' if split == 'validation' else split}.jsonl"
-    if not file.is_file():
-        raise ValueError(f"The annotation file {file} doesn't exist.")
-    rows = []
-    for line, row in _read_jsonl(file):
-        if missing := {"clip_name", "caption"} - set(row):
-            raise ValueError(f"{file}, line {line}: `{min(missing)}` is missing; the row has {', '.join(row)}.")
-        rows.append((line, {"video": f"{row['clip_name']}.mp4", "video_id": row["clip_name"], "text": row["caption"]}))
-    return file, rows
+def task_columns(task: Task, video_root: Path, max_words: int | None) -> dict[str, Column]:
+    """Return the columns of a task, in the order in which they are read and stored."""
+    string = Column(lambda value, row: str(value))
+    video = {"video": Column(partial(_read_video, video_root)), "video_id": string}
+    clip = {"start": _optional(_read_seconds), "end": _optional(_read_end)}
+    text = Column(partial(_read_words, partial(clean_caption, max_words=max_words)))
+    question = {
+        "question_id": Column(string.read, lambda row, number: f"{row['video_id']}-{number}"),
+        "question": Column(partial(_read_words, partial(clean_question, max_words=max_words or 50))),
+    }
+    answers = {
+        "answers": Column(_read_answers, note=" (an unanswered question)"),
+        "answer_weights": Column(_read_weights, lambda row, number: [1.0] * len(row["answers"])),
+    }
+    choices = {"choices": Column(_read_choices), "label": Column(_read_label)}
+    columns = {
+        "text": video | {"text": text} | clip | {"distractor": _optional(string.read)},
+        "question": video | question | answers | {"question_type": _optional(string.read)} | clip,
+        "choice": video | question | choices | {"question_type": _optional(string.read)} | clip,
+    }
+    if task not in columns:
+        raise ValueError(f"There is no task {task!r}; there are {', '.join(columns)}.")
+    return columns[task]
 
 
-BENCHMARKS = {
-    "didemo": Benchmark(_read_clip_names, max_words=64),
-    "msrvtt": Benchmark(_read_clip_names, max_words=30),
-}
+def _optional(read: Callable[[Any, dict], Any]) -> Column:
+    return Column(read, default=lambda row, number: None)
 
 
-def load_benchmark(
-    dataset_name: str,
-    folder: str | Path,
-    split: str,
-    video_root: str | Path | None = None,
-    max_words: int | None = None,
-) -> Dataset:
-    """Read one split of a public benchmark in the files its authors give.
+def _read_video(video_root: Path, value: Any, row: dict) -> str:
+    return str(value) if "://" in str(value) else str((video_root / str(value)).absolute())
 
-    Args:
-        dataset_name: A key of `BENCHMARKS`.
-        folder: Holds the benchmark's annotation files.
-        split: "train", "validation" or "test".
-        video_root: Holds the videos; `folder` if not given.
-        max_words: Words kept of each text; the benchmark's usual number if not given.
 
-    Returns:
-        The table described at [`load_annotations`].
+def _read_words(clean: Callable[[str], str], value: Any, row: dict) -> str:
+    text = clean(str(value))
+    if not text:
+        raise ValueError("at least one word is needed")
+    return text
 
-    Raises:
-        ValueError: The name is unknown, a file is missing, or a row is broken.
-    """
-    if dataset_name not in BENCHMARKS:
-        raise ValueError(f"There is no dataset `{dataset_name}`; there are {', '.join(sorted(BENCHMARKS))}.")
-    benchmark = BENCHMARKS[dataset_name]
-    file, rows = benchmark.read(Path(folder), split)
-    return build_table(rows, file, video_root or folder, max_words or benchmark.max_words)
+
+def _read_seconds(value: Any, row: dict) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError("a number of seconds is needed") from error
+    if not 0 <= seconds < math.inf:
+        raise ValueError("a number of seconds is needed, at least 0")
+    return seconds
+
+
+def _read_end(value: Any, row: dict) -> float:
+    end = _read_seconds(value, row)
+    if end <= (row["start"] or 0):
+        raise ValueError(f"a clip ends later than it starts, at {row['start'] or 0} s")
+    return end
+
+
+def _read_list(value: Any) -> list:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a JSON list is needed ({error})") from error
+    if not isinstance(value, list):
+        raise ValueError("a list is needed")
+    return value
+
+
+def _read_strings(value: Any) -> list[str]:
+    strings = _read_list(value)
+    if not all(isinstance(string, str) and string.strip() for string in strings):
+        raise ValueError("a list of strings is needed, none of them empty")
+    return [string.strip() for string in strings]
+
+
+def _read_answers(value: Any, row: dict) -> list[str]:
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        value = [value] if value.strip() else []
+    answers = [clean_answer(answer) for answer in _read_strings(value)]
+    if not answers:
+        raise ValueError("this is an unanswered question, and at least one answer is needed")
+    return answers
+
+
+def _read_weights(value: Any, row: dict) -> list[float]:
+    weights = _read_list(value)
+    if not all(isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights):
+        raise ValueError("positive numbers are needed")
+    if len(weights) != len(row["answers"]):
+        raise ValueError(f"one weight for each of the {len(row['answers'])} answers is needed")
+    return [float(weight) for weight in weights]
+
+
+def _read_choices(value: Any, row: dict) -> list[str]:
+    choices = _read_strings(value)
+    if len(choices) < 2:
+        raise ValueError("at least two choices are needed")
+    return choices
+
+
+def _read_label(value: Any, row: dict) -> int:
+    labels = [str(label) for label in range(len(row["choices"]))]
+    if str(value) not in labels:
+        raise ValueError(f"the number of a choice is needed, from 0 to {labels[-1]}")
+    return labels.index(str(value))

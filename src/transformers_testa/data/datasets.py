@@ -1,19 +1,20 @@
-"""From the annotation table to batches: decoding, caching, batches with hard negatives, collation."""
+"""From the annotation table to batches: decoding, augmentation, caching, collation."""
 
 import hashlib
-import itertools
 import json
 import logging
 import os
-from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from PIL import Image, ImageOps
+from transformers import PreTrainedTokenizerBase
+from transformers.image_utils import ChannelDimension
 
+from transformers_testa.data.augmentation import VideoAugmentation
 from transformers_testa.processing_testa import TestaProcessor
 from transformers_testa.video_decoding_testa import RANDOM_FRAME_SAMPLING, VideoDecodingError
 from transformers_testa.video_processing_testa import TestaVideoProcessor
@@ -21,41 +22,60 @@ from transformers_testa.video_processing_testa import TestaVideoProcessor
 
 logger = logging.getLogger(__name__)
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
 
 class VideoTextDataset(torch.utils.data.Dataset):
     """Rows of an annotation table with their frames, decoded when asked for.
 
-    An item is the row as a dict plus `frames` (uint8 `[T, C, H, W]`) and `pair_id` (int, equal for rows of one video),
-    or, where the video can't be decoded, plus `error` (why) instead of `frames`.
+    An item is the row as a dict plus `frames` (uint8 `[T, C, H, W]`), `index` (int, the row's number) and `pair_id`
+    (int, equal for rows of one video), or, where the video can't be decoded, with `error` (why) instead of `frames`.
+    A `video` that is an image file (its name ends in one of `IMAGE_SUFFIXES`) stands still for all frames.
 
     Args:
-        table: What [`load_annotations`] returns.
+        table: What [`load_annotations`] returns, for any task.
         video_processor: Decodes and samples the frames.
         frames: What [`cache_frames`] returned for this table and video processor: nothing is decoded then.
+        augmentation: Changes the frames, at every access with its seed; the cache holds them unchanged.
     """
 
     def __init__(
-        self, table: datasets.Dataset, video_processor: TestaVideoProcessor, frames: datasets.Dataset | None = None
+        self,
+        table: datasets.Dataset,
+        video_processor: TestaVideoProcessor,
+        frames: datasets.Dataset | None = None,
+        augmentation: VideoAugmentation | None = None,
     ):
         self.table = table
         self.video_processor = video_processor
         self.frames = frames
+        self.augmentation = augmentation
         self.pair_ids = {video_id: number for number, video_id in enumerate(dict.fromkeys(table["video_id"]))}
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        """Return a row; `key` is its number, or its number and the seed of its frame sampling."""
-        number, seed = key if isinstance(key, tuple) else (key, None)
-        row = self.table[number]
+        """Return a row; `key` is its number, or its number and the seed of its frame sampling and augmentation.
+
+        Raises:
+            ValueError: There is an augmentation and no seed, or its crop is larger than the frames.
+        """
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        if self.augmentation and seed is None:
+            raise ValueError(
+                f"Row {index} is asked for without a seed, which augmentation needs: ask for (row, seed)."
+            )
+        row = self.table[index]
         pair_id = self.pair_ids[row["video_id"]]
         if self.frames is None:
             found = _decode(row, self.video_processor, seed)
         else:
             cached = self.frames[pair_id]
             found = {"error": cached["error"]} if cached["error"] else {"frames": _from_bytes(cached)}
-        return {**row, **found, "pair_id": pair_id}
+        if self.augmentation and "frames" in found:
+            found["frames"] = self.augmentation(found["frames"], seed)
+        return {**row, **found, "index": index, "pair_id": pair_id}
 
     def digest(self) -> str:
         """Return a short hash of the rows, which doesn't change when the videos lie in another folder."""
@@ -65,9 +85,26 @@ class VideoTextDataset(torch.utils.data.Dataset):
 
 def _decode(row: dict, video_processor: TestaVideoProcessor, seed: int | None = None) -> dict:
     try:
+        if row["video"].lower().endswith(IMAGE_SUFFIXES):
+            return {"frames": _static_video(_read_image(row["video"]), video_processor)}
         return {"frames": video_processor.decode(row["video"], start=row.get("start"), end=row.get("end"), seed=seed)}
     except VideoDecodingError as error:
         return {"error": str(error)}
+
+
+def _read_image(file: str) -> np.ndarray:
+    """Return the upright picture as uint8 `[H, W, 3]`."""
+    try:
+        with Image.open(file) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    # What Pillow raises for damaged files of these formats.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise VideoDecodingError(f"{file} cannot be read as an image: {error}") from error
+
+
+def _static_video(image: np.ndarray, video_processor: TestaVideoProcessor) -> torch.Tensor:
+    frame = video_processor.decode(image[None], do_sample_frames=False, input_data_format=ChannelDimension.LAST)
+    return frame.repeat(video_processor.num_frames, 1, 1, 1)
 
 
 def distinct_videos(table: datasets.Dataset) -> datasets.Dataset:
@@ -147,100 +184,28 @@ def _from_bytes(cached: dict) -> torch.Tensor:
     return torch.frombuffer(bytearray(cached["frames"]), dtype=torch.uint8).reshape(cached["shape"])
 
 
-class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (row number, seed), epoch after epoch; an epoch's order depends on `seed` and its number only.
-
-    Rows that don't fill a last batch are left out of that epoch. Set `first_batch` to go on in the middle of a run.
+def check_answers(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_answer_tokens: int):
+    """Make sure that no answer of a table is longer than a model may learn: answers are never truncated.
 
     Args:
-        num_rows: Rows of the table.
-        batch_size: Rows of a batch, over all processes.
-        seed: Of the order and of the frame sampling.
-        hard_negatives: For each row the rows that should share its batch, of which one does if possible, as
-            [`distractor_rows`] gives them.
+        table: Has the columns `question_id` and `answers`.
+        tokenizer: Counts the tokens, its own first and last ones included.
+        max_answer_tokens: How many an answer may have.
 
     Raises:
-        ValueError: There are fewer rows than a batch needs.
+        ValueError: An answer has more.
     """
-
-    drop_last = True
-
-    def __init__(self, num_rows: int, batch_size: int, seed: int = 0, hard_negatives: list[list[int]] | None = None):
-        if num_rows < batch_size:
+    question_of = {}
+    for question_id, answers in zip(table["question_id"], table["answers"], strict=True):
+        for answer in answers:
+            question_of.setdefault(answer, question_id)
+    tokens = tokenizer(list(question_of))["input_ids"]
+    for (answer, question_id), length in zip(question_of.items(), map(len, tokens), strict=True):
+        if length > max_answer_tokens:
             raise ValueError(
-                f"The training set has {num_rows} rows and a batch {batch_size}; lower per_device_train_batch_size."
+                f"Question {question_id!r}: the answer {answer!r} has {length} tokens, and max_answer_tokens is "
+                f"{max_answer_tokens}; raise it, or leave the question out."
             )
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.hard_negatives = hard_negatives or [[]] * num_rows
-        self.first_batch = 0
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self.num_rows // self.batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first_epoch, skipped = divmod(self.first_batch, self.batches_per_epoch)
-        for epoch in itertools.count(first_epoch):
-            yield from self._batches_of(epoch)[skipped:]
-            skipped = 0
-
-    def _batches_of(self, epoch: int) -> list[list[tuple[int, int]]]:
-        generator = np.random.default_rng([self.seed, epoch])
-        rows = generator.permutation(self.num_rows).tolist()
-        seeds = generator.integers(2**31, size=self.num_rows).tolist()
-        order = _chain(_with_hard_negatives(rows, self.hard_negatives), self.batch_size)
-        keys = [(row, seeds[row]) for row in order]
-        starts = range(0, self.batches_per_epoch * self.batch_size, self.batch_size)
-        return [keys[start : start + self.batch_size] for start in starts]
-
-
-def distractor_rows(table: datasets.Dataset) -> list[list[int]]:
-    """Return for each row of a table the rows of the video that its `distractor` names.
-
-    Raises:
-        ValueError: The table has no column `distractor`.
-    """
-    if "distractor" not in table.column_names:
-        raise ValueError("group_distractors needs a column `distractor` in the training annotations.")
-    rows_of = defaultdict(list)
-    for number, video_id in enumerate(table["video_id"]):
-        rows_of[video_id].append(number)
-    return [rows_of.get(distractor, []) for distractor in table["distractor"]]
-
-
-def _with_hard_negatives(rows: list[int], hard_negatives: list[list[int]]) -> Iterator[tuple[int, ...]]:
-    taken = set()
-    for row in rows:
-        if row not in taken:
-            partners = (other for other in hard_negatives[row] if other not in taken)
-            group = (row, *list(partners)[:1])
-            taken.update(group)
-            yield group
-
-
-def _chain(groups: Iterable[tuple[int, ...]], batch_size: int) -> list[int]:
-    """Join rows and pairs of rows to one order whose batches break as few pairs as possible."""
-    groups = list(groups)
-    singles = deque(group for group in groups if len(group) == 1)
-    placed, order = set(), []
-    for group in groups:
-        if group in placed:
-            continue
-        if len(group) > batch_size - len(order) % batch_size:
-            # A pair before the last place of a batch: a later single goes first, or else half of this pair.
-            while singles and singles[0] in placed:
-                singles.popleft()
-            if not singles:
-                singles.extend([group[:1], group[1:]])
-                placed.add(group)
-            placed.add(singles[0])
-            order += singles.popleft()
-        if group not in placed:
-            placed.add(group)
-            order += group
-    return order + [row for single in singles if single not in placed for row in single]
 
 
 def collate_training_samples(samples: list[dict], processor: TestaProcessor, max_words: int) -> dict:
@@ -256,24 +221,93 @@ def collate_training_samples(samples: list[dict], processor: TestaProcessor, max
         (int64 `[B]`, equal for samples of one video), and `broken_videos`, a list of (path, reason). Only the last
         where no video could be decoded.
     """
-    batch = collate_videos(samples, processor)
-    decoded = [sample for sample in samples if "frames" in sample]
+    decoded, batch = _collate_frames(samples, processor)
     if decoded:
-        del batch["video_id"]
         batch |= _tokenize([sample["text"] for sample in decoded], processor, max_words)
         batch["pair_ids"] = torch.tensor([sample["pair_id"] for sample in decoded])
     return batch
 
 
+def collate_question_samples(samples: list[dict], processor: TestaProcessor, max_question_tokens: int) -> dict:
+    """Make a training batch of questions and their answers, as [`collate_training_samples`] does of texts.
+
+    Args:
+        samples: Items of a [`VideoTextDataset`] of questions.
+        processor: Tokenizes the texts and normalises the frames.
+        max_question_tokens: Tokens kept of each question. Answers are kept whole, see [`check_answers`].
+
+    Returns:
+        `pixel_values_videos`, `input_ids` and `attention_mask` (int64 `[B, N]`, the questions), `answer_input_ids` and
+        `answer_attention_mask` (int64 `[A, M]`, the answers of the first question, the second, ...), `answer_weights`
+        (float32 `[A]`), `answers_per_question` (int64 `[B]`) and `broken_videos`.
+    """
+    decoded, batch = _collate_frames(samples, processor)
+    if decoded:
+        batch |= _tokenize([sample["question"] for sample in decoded], processor, max_question_tokens)
+        answers = _tokenize([answer for sample in decoded for answer in sample["answers"]], processor)
+        batch |= {f"answer_{name}": value for name, value in answers.items()}
+        weights = [weight for sample in decoded for weight in sample["answer_weights"]]
+        batch["answer_weights"] = torch.tensor(weights, dtype=torch.float32)
+        batch["answers_per_question"] = torch.tensor([len(sample["answers"]) for sample in decoded])
+    return batch
+
+
+def collate_choice_samples(samples: list[dict], processor: TestaProcessor, max_question_tokens: int) -> dict:
+    """Make a training batch of multiple-choice questions, as [`collate_training_samples`] does of texts.
+
+    Args:
+        samples: Items of a [`VideoTextDataset`] of choices, as many in each row.
+        processor: Tokenizes the texts and normalises the frames.
+        max_question_tokens: Tokens kept of each text "question? choice".
+
+    Returns:
+        `pixel_values_videos`, `input_ids` and `attention_mask` (int64 `[B, choices, N]`), `labels` (int64 `[B]`, the
+        number of the right choice) and `broken_videos`.
+    """
+    decoded, batch = _collate_frames(samples, processor)
+    if decoded:
+        batch |= _tokenize_choices(decoded, processor, max_question_tokens)
+        batch["labels"] = torch.tensor([sample["label"] for sample in decoded])
+    return batch
+
+
+def collate_questions(samples: list[dict], processor: TestaProcessor, max_question_tokens: int) -> dict:
+    """Make an evaluation batch of questions; their answers stand in the table.
+
+    Args:
+        samples, processor, max_question_tokens: As for [`collate_question_samples`].
+
+    Returns:
+        `pixel_values_videos`, `input_ids`, `attention_mask` and `broken_videos` as in training, and lists:
+        `question_id` and `index`, the number of each question's row in the table.
+    """
+    decoded, batch = _collate_frames(samples, processor)
+    if decoded:
+        batch |= _tokenize([sample["question"] for sample in decoded], processor, max_question_tokens)
+        batch |= _names(decoded, "question_id", "index")
+    return batch
+
+
+def collate_choices(samples: list[dict], processor: TestaProcessor, max_question_tokens: int) -> dict:
+    """Make an evaluation batch of multiple-choice questions; their labels stand in the table.
+
+    Args:
+        samples, processor, max_question_tokens: As for [`collate_choice_samples`].
+
+    Returns:
+        The same as [`collate_questions`], with `input_ids` and `attention_mask` `[B, choices, N]`.
+    """
+    decoded, batch = _collate_frames(samples, processor)
+    if decoded:
+        batch |= _tokenize_choices(decoded, processor, max_question_tokens)
+        batch |= _names(decoded, "question_id", "index")
+    return batch
+
+
 def collate_videos(samples: list[dict], processor: TestaProcessor) -> dict:
     """Make a batch of videos: `pixel_values_videos`, `video_id` (list of str) and `broken_videos`, as in training."""
-    decoded = [sample for sample in samples if "frames" in sample]
-    batch = {"broken_videos": [(sample["video"], sample["error"]) for sample in samples if "error" in sample]}
-    if decoded:
-        videos = [sample["frames"] for sample in decoded]
-        batch |= processor.video_processor(videos, do_sample_frames=False, do_resize=False, return_tensors="pt")
-        batch["video_id"] = [sample["video_id"] for sample in decoded]
-    return batch
+    decoded, batch = _collate_frames(samples, processor)
+    return batch | _names(decoded, "video_id") if decoded else batch
 
 
 def collate_texts(rows: list[dict], processor: TestaProcessor, max_words: int) -> dict:
@@ -288,13 +322,35 @@ def collate_texts(rows: list[dict], processor: TestaProcessor, max_words: int) -
         `input_ids` and `attention_mask` (int64 `[B, N]`), and lists: `video_id`, `distractor` (None where a row names
         none) and `index`.
     """
-    names = {name: [row.get(name) for row in rows] for name in ("video_id", "distractor", "index")}
+    names = _names(rows, "video_id", "distractor", "index")
     return _tokenize([row["text"] for row in rows], processor, max_words) | names
 
 
-def _tokenize(texts: list[str], processor: TestaProcessor, max_words: int) -> dict:
-    encoded = processor.tokenizer(texts, padding=True, truncation=True, max_length=max_words, return_tensors="pt")
+def _names(rows: list[dict], *columns: str) -> dict[str, list]:
+    return {column: [row.get(column) for row in rows] for column in columns}
+
+
+def _collate_frames(samples: list[dict], processor: TestaProcessor) -> tuple[list[dict], dict]:
+    """Return the samples whose video could be decoded, and a batch of their frames and of the broken videos."""
+    decoded = [sample for sample in samples if "frames" in sample]
+    batch = {"broken_videos": [(sample["video"], sample["error"]) for sample in samples if "error" in sample]}
+    if decoded:
+        videos = [sample["frames"] for sample in decoded]
+        batch |= processor.video_processor(videos, do_sample_frames=False, do_resize=False, return_tensors="pt")
+    return decoded, batch
+
+
+def _tokenize(texts: list[str], processor: TestaProcessor, max_tokens: int | None = None) -> dict:
+    truncation = {"truncation": max_tokens is not None, "max_length": max_tokens}
+    encoded = processor.tokenizer(texts, padding=True, return_tensors="pt", **truncation)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def _tokenize_choices(samples: list[dict], processor: TestaProcessor, max_tokens: int) -> dict:
+    texts = [f"{sample['question'].rstrip('? ')}? {choice}" for sample in samples for choice in sample["choices"]]
+    encoded = _tokenize(texts, processor, max_tokens)
+    # [B*choices, N] -> [B, choices, N]
+    return {name: value.unflatten(0, (len(samples), -1)) for name, value in encoded.items()}
 
 
 class BrokenVideos(dict):
