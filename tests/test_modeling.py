@@ -268,7 +268,7 @@ def test_a_decoder_gives_the_same_states_with_and_without_cache():
     expected = model(ids, encoder_hidden_states=states, use_cache=False).last_hidden_state
     cache = model.cache_cross_attention(states)
     for n in range(ids.shape[1]):
-        step = model(ids[:, n : n + 1], past_key_values=cache, use_cache=True)
+        step = model(ids[:, n : n + 1], cache=cache, use_cache=True)
         torch.testing.assert_close(step.last_hidden_state[:, 0], expected[:, n], atol=1e-5, rtol=1e-5)
 
 
@@ -309,7 +309,7 @@ def test_cached_cross_attention_serves_any_number_of_texts():
     for batch_size in (1, 4):
         ids, mask = example_texts(batch_size)
         torch.testing.assert_close(
-            model(ids, mask, past_key_values=cache).last_hidden_state, model(ids, mask, states).last_hidden_state
+            model(ids, mask, cache=cache).last_hidden_state, model(ids, mask, states).last_hidden_state
         )
 
 

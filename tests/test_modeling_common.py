@@ -6,9 +6,14 @@ import transformers_common_tests
 
 from transformers_testa import (
     TestaConfig,
+    TestaForCaptioning,
+    TestaForMultipleChoiceVideoQA,
+    TestaForPreTraining,
     TestaForRetrieval,
+    TestaForVideoQA,
     TestaModel,
     TestaTextConfig,
+    TestaTextDecoder,
     TestaTextModel,
     TestaVideoConfig,
     TestaVideoModel,
@@ -188,3 +193,66 @@ class TrainableModelTester(BothModelTester):
 class TestaForRetrievalTest(TestaModelTest):
     all_model_classes = (TestaForRetrieval,)
     model_tester_class = TrainableModelTester
+
+
+class DecoderTester(TextModelTester):
+    is_training = True
+
+    def get_config(self) -> TestaTextConfig:
+        return tiny_text_config(is_decoder=True)
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[TestaTextConfig, dict]:
+        inputs = text_inputs()
+        states = floats_tensor([BATCH_SIZE, 5, 32])
+        return self.get_config(), inputs | {"encoder_hidden_states": states, "labels": inputs["input_ids"]}
+
+
+class TestaTextDecoderTest(CommonTests, unittest.TestCase):
+    all_model_classes = (TestaTextDecoder,)
+    # The distribution leaves out the tests of generation; test_modeling_decoder.py has ours.
+    all_generative_model_classes = ()
+    model_tester_class = DecoderTester
+    test_resize_embeddings = True
+
+
+class TestaForPreTrainingTest(TestaModelTest):
+    all_model_classes = (TestaForPreTraining,)
+    model_tester_class = TrainableModelTester
+
+
+class CaptioningTester(TrainableModelTester):
+    def prepare_config_and_inputs_for_common(self) -> tuple[TestaConfig, dict]:
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        return config, inputs | {"labels": inputs["input_ids"]}
+
+
+class TestaForCaptioningTest(TestaModelTest):
+    all_model_classes = (TestaForCaptioning,)
+    model_tester_class = CaptioningTester
+
+    @unittest.skip(reason="The decoder's configuration is the text configuration with is_decoder=True: a copy")
+    def test_internal_model_config_and_subconfig_are_same(self):
+        pass
+
+
+class QuestionTester(TrainableModelTester):
+    def prepare_config_and_inputs_for_common(self) -> tuple[TestaConfig, dict]:
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        return config, inputs | {f"answer_{name}": value for name, value in text_inputs().items()}
+
+
+class TestaForVideoQATest(TestaModelTest):
+    all_model_classes = (TestaForVideoQA,)
+    model_tester_class = QuestionTester
+    test_resize_embeddings = False  # two vocabularies, of questions and of answers
+
+
+class ChoiceTester(TrainableModelTester):
+    def prepare_config_and_inputs_for_common(self) -> tuple[TestaConfig, dict]:
+        choices = {name: value[:, None].repeat(1, 2, 1) for name, value in text_inputs().items()}
+        return self.get_config(), video_inputs() | choices | {"labels": ids_tensor([BATCH_SIZE], 2)}
+
+
+class TestaForMultipleChoiceVideoQATest(TestaModelTest):
+    all_model_classes = (TestaForMultipleChoiceVideoQA,)
+    model_tester_class = ChoiceTester

@@ -3,7 +3,18 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoVideoProcessor
 
 from .configuration_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
-from .modeling_testa import TestaForRetrieval, TestaModel, TestaPreTrainedModel, TestaTextModel, TestaVideoModel
+from .modeling_testa import (
+    TestaForCaptioning,
+    TestaForMultipleChoiceVideoQA,
+    TestaForPreTraining,
+    TestaForRetrieval,
+    TestaForVideoQA,
+    TestaModel,
+    TestaPreTrainedModel,
+    TestaTextDecoder,
+    TestaTextModel,
+    TestaVideoModel,
+)
 from .processing_testa import TestaProcessor
 from .video_decoding_testa import VideoDecodingError
 from .video_processing_testa import TestaVideoProcessor
@@ -21,11 +32,16 @@ AutoProcessor.register(TestaConfig, TestaProcessor, exist_ok=True)
 
 __all__ = [
     "TestaConfig",
+    "TestaForCaptioning",
+    "TestaForMultipleChoiceVideoQA",
+    "TestaForPreTraining",
     "TestaForRetrieval",
+    "TestaForVideoQA",
     "TestaModel",
     "TestaPreTrainedModel",
     "TestaProcessor",
     "TestaTextConfig",
+    "TestaTextDecoder",
     "TestaTextModel",
     "TestaVideoConfig",
     "TestaVideoModel",

@@ -174,6 +174,8 @@ class TestaTextConfig(_TestaBaseConfig):
         layer_norm_eps: Epsilon of the layer norms.
         initializer_range: Standard deviation of new weights.
         is_decoder: Whether self-attention is causal and keeps a key/value cache.
+        label_smoothing: Share of a target's probability that all tokens get, where a decoder's loss is computed.
+        tie_word_embeddings: Whether a decoder predicts tokens by the embeddings it reads them with.
         use_cache: Whether a decoder returns its cache by default.
         pad_token_id: Id of [PAD].
         bos_token_id: Id of [DEC], the first token of a text to be generated.
@@ -198,6 +200,8 @@ class TestaTextConfig(_TestaBaseConfig):
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     is_decoder: bool = False
+    label_smoothing: float | int = 0.1
+    tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 30522
@@ -213,6 +217,7 @@ class TestaTextConfig(_TestaBaseConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises ValueError for fields that exclude each other."""
         self._require_positive("vocab_size", "hidden_size", "encoder_hidden_size", "num_attention_heads")
+        self._require(0 <= self.label_smoothing < 1, "label_smoothing", "a share from 0 to below 1 is needed")
         self._require(
             self.hidden_size % self.num_attention_heads == 0,
             "hidden_size",
@@ -231,6 +236,8 @@ class TestaConfig(_TestaBaseConfig):
         video_pooling: "mean" of all output tokens (the released weights) or "cls", the class token (the paper's text).
         temperature_init: Initial temperature of the contrastive similarities.
         initializer_range: Standard deviation of new weights outside the two encoders.
+        tie_word_embeddings: Whether the decoder of [`TestaForPreTraining`] shares all weights but those of
+            self-attention with the text encoder.
     """
 
     model_type = "testa"
@@ -242,6 +249,7 @@ class TestaConfig(_TestaBaseConfig):
     video_pooling: str = "mean"
     temperature_init: float = 0.07
     initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises ValueError for fields that exclude each other."""

@@ -1,7 +1,9 @@
 """TESTA models: a video encoder that aggregates tokens, a text encoder/decoder, and the task heads."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,14 @@ from torchvision.ops import StochasticDepth
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -29,7 +36,14 @@ from .aggregation_testa import (
     received_attention,
 )
 from .configuration_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
-from .objectives import contrastive_loss, matching_loss, same_pair_targets, sample_hard_negatives
+from .objectives import (
+    HardNegatives,
+    contrastive_loss,
+    draw_hard_negatives,
+    matching_loss,
+    same_pair_targets,
+    text_log_likelihoods,
+)
 
 
 # --- Outputs ---------------------------------------------------------------------------------------------------------
@@ -101,6 +115,51 @@ class TestaRetrievalOutput(ModelOutput):
     text_model_output: BaseModelOutputWithPoolingAndCrossAttentions | None = None
 
 
+@dataclass
+class TestaPreTrainingOutput(TestaRetrievalOutput):
+    """What [`TestaForPreTraining`] returns: the output of [`TestaForRetrieval`], `loss` being the sum of three, and
+
+    Args:
+        loss_caption: Captioning loss.
+    """
+
+    loss_caption: Tensor | None = None
+
+
+@dataclass
+class TestaVideoQAOutput(ModelOutput):
+    """What the question answering models return.
+
+    Args:
+        loss: Loss of the answers.
+        logits: `[answers, L, vocabulary]`, prediction of each next token of the answers; of multiple choice
+            `[B, choices]`.
+        video_model_output: Everything the video encoder returned.
+        question_hidden_states: `[B, N, D]`, states of the question read with the video (multiple choice:
+            `[B * choices, N, D]`).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    video_model_output: TestaVideoModelOutput | None = None
+    question_hidden_states: Tensor | None = None
+
+
+@dataclass
+class TestaCaptioningOutput(ModelOutput):
+    """What [`TestaForCaptioning`] returns.
+
+    Args:
+        loss: Mean loss of the tokens to predict.
+        logits: `[B, L, vocabulary]`, prediction of each next token.
+        video_model_output: Everything the video encoder returned.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    video_model_output: TestaVideoModelOutput | None = None
+
+
 # --- Video encoder ---------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +192,7 @@ class TestaVideoEmbeddings(nn.Module):
         patches = patches.flatten(2).transpose(1, 2).unflatten(0, (B, T))  # [B*T, D, h, w] -> [B, T, L, D]
         patches = self.dropout(patches + patch_positions)
         if self.config.attention_type != "space_only":
-            patches = self.dropout(patches + _resize_time(self.time_embeddings, T)[:, :, None])
+            patches = self.dropout(patches + resize_time(self.time_embeddings, T)[:, :, None])
         class_token = self.dropout(self.class_token + class_position)
         return class_token.expand(B, -1, -1), patches
 
@@ -147,7 +206,7 @@ class TestaVideoEmbeddings(nn.Module):
         return class_position, positions
 
 
-def _resize_time(values: Tensor, num_frames: int) -> Tensor:
+def resize_time(values: Tensor, num_frames: int) -> Tensor:
     """Return what is learned for each frame, `[1, T, D]`, for another number of frames."""
     if values.shape[1] == num_frames:
         return values
@@ -270,7 +329,7 @@ class TestaTemporalBlock(nn.Module):
             self.norm(patches).transpose(1, 2), token_sizes.transpose(1, 2), **kwargs
         )
         if self.config.use_temporal_scaling:
-            residual = residual * (_resize_time(self.temporal_scaling, patches.shape[1]).tanh() + 1)
+            residual = residual * (resize_time(self.temporal_scaling, patches.shape[1]).tanh() + 1)
         patches = patches + self.temporal_fc(self.drop_path(residual)).transpose(1, 2)
 
         num_frames, num_patches = patches.shape[1:3]
@@ -474,6 +533,7 @@ class TestaVideoModel(TestaPreTrainedModel):
 
     config: TestaVideoConfig
     input_modalities = ("video",)
+    _input_embed_layer = "patch_embeddings"
     _can_record_outputs = {
         "hidden_states": TestaVideoLayer,
         "attentions": OutputRecorder(TestaVideoAttention, index=1, layer_name="spatial.attention"),
@@ -488,9 +548,6 @@ class TestaVideoModel(TestaPreTrainedModel):
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embeddings
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -595,7 +652,7 @@ class TestaTextAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from texts `[N, L, D]`.
@@ -604,11 +661,11 @@ class TestaTextAttention(nn.Module):
         tokens are queries of one sequence, so that keys and values are neither computed nor stored more than once.
         """
         if self.is_cross_attention:
-            key, value = self.cross_key_value(encoder_hidden_states, past_key_values)
+            key, value = self.cross_key_value(encoder_hidden_states, cache)
         else:
             key, value = self.key_value(hidden_states)
-            if past_key_values is not None and self.is_causal:
-                key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+            if cache is not None and self.is_causal:
+                key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
         num_texts, length = hidden_states.shape[:2]
         num_sequences = key.shape[0]
         if num_texts % num_sequences:
@@ -681,16 +738,14 @@ class TestaTextLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         has_encoder: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        hidden_states, _ = self.self_attention(
-            hidden_states, attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        hidden_states, _ = self.self_attention(hidden_states, attention_mask, cache=cache, **kwargs)
         if has_encoder:
             hidden_states, _ = self.cross_attention(
-                hidden_states, encoder_attention_mask, encoder_hidden_states, past_key_values, **kwargs
+                hidden_states, encoder_attention_mask, encoder_hidden_states, cache, **kwargs
             )
         return self.mlp(hidden_states)
 
@@ -704,6 +759,7 @@ class TestaTextModel(TestaPreTrainedModel):
     config: TestaTextConfig
     main_input_name = "input_ids"
     input_modalities = ("text",)
+    _input_embed_layer = "word_embeddings"
     _can_record_outputs = {
         "hidden_states": TestaTextLayer,
         "attentions": OutputRecorder(TestaTextAttention, index=1, layer_name="self_attention"),
@@ -718,14 +774,8 @@ class TestaTextModel(TestaPreTrainedModel):
         )
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.embeddings.word_embeddings = value
-
     def cache_cross_attention(self, encoder_hidden_states: Tensor) -> EncoderDecoderCache:
-        """Compute cross-attention keys and values of encoder states `[V, S, D]` once, to pass as `past_key_values`.
+        """Compute cross-attention keys and values of encoder states `[V, S, D]` once, to pass as `cache`.
 
         A text encoder may use the cache for any number of texts; a decoder adds its own tokens to it.
         """
@@ -742,7 +792,7 @@ class TestaTextModel(TestaPreTrainedModel):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
@@ -756,7 +806,7 @@ class TestaTextModel(TestaPreTrainedModel):
             encoder_hidden_states: `[V, S, D]`, states to cross-attend to. N is a multiple of V, and each sequence
                 serves N / V texts in a row.
             encoder_attention_mask: `[V, S]`, 0 at padding.
-            past_key_values: A decoder's cache, or what [`cache_cross_attention`] returned.
+            cache: A decoder's cache, or what [`cache_cross_attention`] returned.
             inputs_embeds: `[N, L, D]`, instead of `input_ids`.
             position_ids: `[N, L]`, instead of counting on from the cache.
             use_cache: Whether a decoder returns its cache.
@@ -768,11 +818,9 @@ class TestaTextModel(TestaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` is needed.")
         use_cache = bool(use_cache) and self.config.is_decoder
-        if use_cache and not isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = EncoderDecoderCache(
-                past_key_values or DynamicCache(config=self.config), DynamicCache(config=self.config)
-            )
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and not isinstance(cache, EncoderDecoderCache):
+            cache = EncoderDecoderCache(cache or DynamicCache(config=self.config), DynamicCache(config=self.config))
+        past_length = cache.get_seq_length() if cache is not None else 0
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids, past_length)
 
         create_mask = create_causal_mask if self.config.is_decoder else create_bidirectional_mask
@@ -780,11 +828,9 @@ class TestaTextModel(TestaPreTrainedModel):
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values if self.config.is_decoder else None,
+            cache=cache if self.config.is_decoder else None,
         )
-        has_encoder = encoder_hidden_states is not None or (
-            past_key_values is not None and past_key_values.is_updated.get(0, False)
-        )
+        has_encoder = encoder_hidden_states is not None or (cache is not None and cache.is_updated.get(0, False))
         if has_encoder and encoder_attention_mask is not None:
             encoder_attention_mask = create_bidirectional_mask(
                 config=self.config,
@@ -799,15 +845,140 @@ class TestaTextModel(TestaPreTrainedModel):
                 attention_mask,
                 encoder_hidden_states,
                 encoder_attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 has_encoder=has_encoder,
                 **kwargs,
             )
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
-            past_key_values=past_key_values if use_cache else None,
+            cache=cache if use_cache else None,
         )
+
+
+class TestaPredictionHead(nn.Module):
+    """BERT's head that predicts a token from its state."""
+
+    def __init__(self, config: TestaTextConfig):
+        super().__init__()
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.layer_norm(self.activation(self.transform(hidden_states))))
+
+
+class TestaTextDecoder(TestaPreTrainedModel, GenerationMixin):
+    """Predicts a text token by token while attending to a video, or to a question that was read with a video.
+
+    The text starts with [DEC], which the models that own a decoder put there.
+    """
+
+    config: TestaTextConfig
+    base_model_prefix = "text_model"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _tied_weights_keys = {"prediction_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: TestaTextConfig):
+        super().__init__(config)
+        if not config.is_decoder:
+            raise ValueError("TestaTextConfig.is_decoder is False; a decoder needs True.")
+        self.text_model = TestaTextModel(config)
+        self.prediction_head = TestaPredictionHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.prediction_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.prediction_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Predict each next token.
+
+        Args:
+            input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, cache, inputs_embeds,
+                position_ids, use_cache: As in [`TestaTextModel.forward`].
+            labels: `[N, L]`, tokens to predict, in the places of `input_ids` (a token is predicted from those before
+                it); -100 where there is nothing to predict. The loss is the mean over them, with label smoothing.
+            logits_to_keep: Compute logits of this many last tokens only; 0: of all.
+
+        Returns:
+            `loss`, `logits [N, L, vocabulary]` and the cache.
+        """
+        output = self.text_model(
+            input_ids,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            use_cache=use_cache if labels is None else False,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.prediction_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.text_losses(logits, labels).sum() / (labels[:, 1:] != -100).sum().clamp(min=1)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            cache=output.cache,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            cross_attentions=output.cross_attentions,
+        )
+
+    def as_prompt(
+        self, num_texts: int, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return what generation starts from: [DEC], then the text `[N, L]` of a prompt without its [SEP].
+
+        Prompts end at the last place, where generation goes on; their padding comes first.
+        """
+        if input_ids is None:
+            input_ids = torch.full((num_texts, 1), self.config.bos_token_id, device=self.device)
+            return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        is_text = input_ids != self.config.sep_token_id
+        if attention_mask is not None:
+            is_text &= attention_mask.bool()
+        input_ids = _replace_first_token(input_ids, self.config.bos_token_id)
+        padding_first = is_text.long().argsort(dim=1, stable=True)
+        return {
+            "input_ids": input_ids.gather(1, padding_first),
+            "attention_mask": is_text.long().gather(1, padding_first),
+        }
+
+    def text_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the losses `[N]` of texts, each summed over its tokens, from logits `[N, L, vocabulary]`."""
+        return -text_log_likelihoods(logits, labels, self.config.label_smoothing)
+
+
+def _decoder_config(config: TestaConfig, encoder_hidden_size: int) -> TestaTextConfig:
+    decoder_config = deepcopy(config.text_config)
+    decoder_config.is_decoder = True
+    decoder_config.encoder_hidden_size = encoder_hidden_size
+    return decoder_config
 
 
 # --- Both encoders ---------------------------------------------------------------------------------------------------
@@ -816,17 +987,17 @@ class TestaTextModel(TestaPreTrainedModel):
 class TestaModel(TestaPreTrainedModel):
     """The video encoder and the text encoder, without heads."""
 
-    def __init__(self, config: TestaConfig):
+    def __init__(self, config: TestaConfig, add_text_model: bool = True):
         super().__init__(config)
         self.video_model = TestaVideoModel(config.video_config)
-        self.text_model = TestaTextModel(config.text_config)
+        self.text_model = TestaTextModel(config.text_config) if add_text_model else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
+        return (self.text_model or self.video_model).get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
-        self.text_model.set_input_embeddings(value)
+        (self.text_model or self.video_model).set_input_embeddings(value)
 
     @can_return_tuple
     def get_video_features(
@@ -872,18 +1043,20 @@ class TestaForRetrieval(TestaPreTrainedModel):
 
     def __init__(self, config: TestaConfig):
         super().__init__(config)
+        self.add_modules(config)
+        self.post_init()
+
+    def add_modules(self, config: TestaConfig):
         self.testa = TestaModel(config)
         self.video_projection = nn.Linear(config.video_config.hidden_size, config.projection_dim)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
         self.temperature = nn.Parameter(torch.tensor(config.temperature_init))
         self.matching_head = nn.Linear(config.text_config.hidden_size, 2)
-        self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.testa.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.testa.set_input_embeddings(value)
+    @property
+    def bounded_temperature(self) -> Tensor:
+        """The learned temperature, within the bounds that the released training keeps."""
+        return self.temperature.clamp(0.001, 0.5)
 
     @can_return_tuple
     def get_video_features(
@@ -949,9 +1122,8 @@ class TestaForRetrieval(TestaPreTrainedModel):
         video_output = self.get_video_features(pixel_values_videos, return_dict=True, **kwargs)
         text_output = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
         video_embeds, text_embeds = video_output.pooler_output, text_output.pooler_output
-        # The released training keeps the temperature within these bounds.
         with maybe_autocast(device_type=video_embeds.device.type, enabled=False):
-            logits_per_video = video_embeds @ text_embeds.t() / self.temperature.clamp(0.001, 0.5)
+            logits_per_video = video_embeds @ text_embeds.t() / self.bounded_temperature
 
         loss = loss_vtc = loss_vtm = None
         if return_loss is None:
@@ -961,11 +1133,12 @@ class TestaForRetrieval(TestaPreTrainedModel):
                 raise ValueError(f"A loss needs pairs; got {len(video_embeds)} videos and {len(text_embeds)} texts.")
             if pair_ids is None:
                 pair_ids = torch.arange(len(video_embeds), device=video_embeds.device)
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             targets = same_pair_targets(pair_ids, pair_ids)
             loss_vtc = contrastive_loss(logits_per_video, logits_per_video.t(), targets, targets)
-            loss_vtm = self.matching_loss(
-                video_output.last_hidden_state, input_ids, attention_mask, logits_per_video, targets > 0, **kwargs
-            )
+            pairs = video_output.last_hidden_state, input_ids, attention_mask
+            negatives = draw_hard_negatives(logits_per_video, pair_ids)
+            loss_vtm = self.matching_loss(*pairs, negatives, candidates=pairs, **kwargs)
             loss = loss_vtc + loss_vtm
         return TestaRetrievalOutput(
             loss=loss,
@@ -983,25 +1156,426 @@ class TestaForRetrieval(TestaPreTrainedModel):
         self,
         video_hidden_states: Tensor,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        logits_per_video: Tensor,
-        is_positive: Tensor,
+        attention_mask: Tensor,
+        negatives: HardNegatives,
+        candidates: tuple[Tensor, Tensor, Tensor],
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Match texts with their videos and with hard negative videos, and videos with hard negative texts."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        negative_video, text_has_negative = sample_hard_negatives(logits_per_video.t(), is_positive)
-        negative_text, video_has_negative = sample_hard_negatives(logits_per_video, is_positive)
+        """Match texts with their videos and with hard negative videos, and videos with hard negative texts.
+
+        Args:
+            video_hidden_states: `[B, S, D]`.
+            input_ids: `[B, L]`, the texts of these videos.
+            attention_mask: `[B, L]`.
+            negatives: Which of the candidates is the negative of each text, and of each video.
+            candidates: Video states `[C, S, D]`, texts `[C, L]` and their masks, which negatives are taken from.
+        """
+        candidate_videos, candidate_ids, candidate_masks = candidates
         # Each video is read with its own text and a negative one: [B, 2, L] -> [2 * B, L]
-        both_ids = torch.stack([input_ids, input_ids[negative_text]], dim=1).flatten(0, 1)
-        both_masks = torch.stack([attention_mask, attention_mask[negative_text]], dim=1).flatten(0, 1)
+        both_ids = torch.stack([input_ids, candidate_ids[negatives.text_of_video]], dim=1).flatten(0, 1)
+        both_masks = torch.stack([attention_mask, candidate_masks[negatives.text_of_video]], dim=1).flatten(0, 1)
         logits = self.match(video_hidden_states, both_ids, both_masks, **kwargs).unflatten(0, (-1, 2))
-        negative_logits = self.match(video_hidden_states[negative_video], input_ids, attention_mask, **kwargs)
+        negative_logits = self.match(candidate_videos[negatives.video_of_text], input_ids, attention_mask, **kwargs)
         return matching_loss(
             logits[:, 0],
             torch.cat([negative_logits, logits[:, 1]]),
-            torch.cat([text_has_negative, video_has_negative]),
+            torch.cat([negatives.text_has_negative, negatives.video_has_negative]),
+        )
+
+
+class TestaForPreTraining(TestaForRetrieval):
+    """[`TestaForRetrieval`] with a video-grounded decoder, which learns to tell what the videos show.
+
+    The decoder shares all weights but those of self-attention with the text encoder (section 3.3 of the paper).
+    """
+
+    _tied_weights_keys = {
+        r"text_decoder.text_model.embeddings.\w+\.": r"testa.text_model.embeddings.\w+\.",
+        r"text_decoder.text_model.layers.\d+.cross_attention": r"testa.text_model.layers.\d+.cross_attention",
+        r"text_decoder.text_model.layers.\d+.mlp": r"testa.text_model.layers.\d+.mlp",
+    }
+
+    def add_modules(self, config: TestaConfig):
+        super().add_modules(config)
+        self.text_decoder = TestaTextDecoder(_decoder_config(config, config.video_config.hidden_size))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.text_decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.text_decoder.set_output_embeddings(new_embeddings)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pair_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TestaPreTrainingOutput:
+        """Compare videos with texts, and compute the losses of their pairs. Arguments are those of [`TestaForRetrieval`]."""
+        output = super().forward(
+            pixel_values_videos, input_ids, attention_mask, pair_ids, return_loss, return_dict=True, **kwargs
+        )
+        output = TestaPreTrainingOutput(**output)
+        if output.loss is not None:
+            videos = output.video_model_output.last_hidden_state
+            output.loss_caption = self.caption_loss(videos, input_ids, attention_mask, **kwargs)
+            output.loss = output.loss + output.loss_caption
+        return output
+
+    def caption_loss(
+        self,
+        video_hidden_states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Return the mean loss of predicting the tokens of texts `[B, L]` from their videos `[B, S, D]`."""
+        input_ids = _replace_first_token(input_ids, self.config.text_config.bos_token_id)
+        labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+        return self.text_decoder(
+            input_ids, attention_mask, video_hidden_states, labels=labels, return_dict=True, **kwargs
+        ).loss
+
+
+class TestaForCaptioning(TestaPreTrainedModel):
+    """Tells in words what a video shows. A checkpoint of [`TestaForPreTraining`] can be loaded as well."""
+
+    # Pre-training stores what its decoder shares with the text encoder once, under the encoder's name.
+    _pretraining_names = {
+        r"^testa\.text_model\.(embeddings|layers\.\d+\.(?:cross_attention|mlp))\.": r"text_decoder.text_model.\1."
+    }
+
+    def __init__(self, config: TestaConfig):
+        super().__init__(config)
+        self.testa = TestaModel(config, add_text_model=False)
+        self.text_decoder = TestaTextDecoder(_decoder_config(config, config.video_config.hidden_size))
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs) -> "TestaForCaptioning":
+        return super().from_pretrained(*args, key_mapping=key_mapping or cls._pretraining_names, **kwargs)
+
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_decoder.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TestaCaptioningOutput:
+        """Predict each next token of captions.
+
+        Args:
+            pixel_values_videos: `[B, T, C, H, W]`.
+            input_ids: `[B, L]`, captions as the tokenizer gives them.
+            attention_mask: `[B, L]`.
+            labels: `[B, L]`, as in [`TestaTextDecoder.forward`]; -100 hides a prompt or padding from the loss.
+        """
+        video_output = self.testa.get_video_features(pixel_values_videos, return_dict=True, **kwargs)
+        output = self.text_decoder(
+            _replace_first_token(input_ids, self.config.text_config.bos_token_id),
+            attention_mask,
+            video_output.last_hidden_state,
+            labels=labels,
+            return_dict=True,
+            **kwargs,
+        )
+        return TestaCaptioningOutput(loss=output.loss, logits=output.logits, video_model_output=video_output)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Tensor:
+        """Caption videos.
+
+        Args:
+            pixel_values_videos: `[B, T, C, H, W]`.
+            input_ids: `[B, L]`, how each caption begins, as the tokenizer gives it; without it captions start freely.
+            attention_mask: `[B, L]`.
+            generate_kwargs: Those of [`~transformers.GenerationMixin.generate`]: `num_beams`, `max_new_tokens`, ...
+
+        Returns:
+            Token ids `[B, N]`, padding, [DEC] and the prompt included; what `generate` returns for other options.
+        """
+        videos = self.testa.get_video_features(pixel_values_videos, return_dict=True).last_hidden_state
+        return self.text_decoder.generate(
+            **self.text_decoder.as_prompt(len(videos), input_ids, attention_mask),
+            encoder_hidden_states=videos,
+            **generate_kwargs,
+        )
+
+
+class TestaForVideoQA(TestaPreTrainedModel):
+    """Answers questions about videos in free text: the question is read with the video, the answer told from that.
+
+    A checkpoint of [`TestaForPreTraining`] or [`TestaForRetrieval`] can be loaded as well: what the decoder misses then
+    is copied from the text encoder, with which pre-training shares it.
+    """
+
+    def __init__(self, config: TestaConfig):
+        super().__init__(config)
+        self.testa = TestaModel(config)
+        self.text_decoder = TestaTextDecoder(_decoder_config(config, config.text_config.hidden_size))
+        self.post_init()
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
+        for name in sorted(missing_keys or ()):
+            source = name.replace("text_decoder.", "testa.", 1)
+            if name.startswith("text_decoder.text_model.") and source not in missing_keys:
+                weight, of_encoder = self.get_parameter(name), self.get_parameter(source)
+                if weight.shape == of_encoder.shape:  # the encoder reads videos, which may have another width
+                    weight.data.copy_(of_encoder.data)
+                    missing_keys.remove(name)
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+
+    def read_question(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[TestaVideoModelOutput, Tensor]:
+        """Return the encoded videos, and the states `[B, N, D]` of questions `[B, N]` read with them."""
+        video_output = self.testa.get_video_features(pixel_values_videos, return_dict=True, **kwargs)
+        question_output = self.testa.text_model(
+            _replace_first_token(input_ids, self.config.text_config.enc_token_id),
+            attention_mask,
+            video_output.last_hidden_state,
+            return_dict=True,
+            **kwargs,
+        )
+        return video_output, question_output.last_hidden_state
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        answer_input_ids: Tensor | None = None,
+        answer_attention_mask: Tensor | None = None,
+        answer_weights: Tensor | None = None,
+        answers_per_question: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TestaVideoQAOutput:
+        """Read questions, and learn their answers where these are given.
+
+        Args:
+            pixel_values_videos: `[B, T, C, H, W]`.
+            input_ids: `[B, N]`, questions as the tokenizer gives them.
+            attention_mask: `[B, N]`.
+            answer_input_ids: `[A, L]`, the answers to the first question, then those to the second, ...
+            answer_attention_mask: `[A, L]`.
+            answer_weights: `[A]`, what each answer counts; 1 by default.
+            answers_per_question: `[B]` integers that sum to A; A / B each by default.
+
+        Returns:
+            `loss` is the sum of the answers' weighted losses, each summed over its tokens, over the number of questions.
+
+        Raises:
+            ValueError: Where B questions can't have A answers.
+        """
+        video_output, question_states = self.read_question(pixel_values_videos, input_ids, attention_mask, **kwargs)
+        outputs = {"video_model_output": video_output, "question_hidden_states": question_states}
+        if answer_input_ids is None:
+            return TestaVideoQAOutput(**outputs)
+        num_answers = len(answer_input_ids)
+        if answers_per_question is not None:
+            question_states, attention_mask = (
+                None if states is None else states.repeat_interleave(answers_per_question, 0, output_size=num_answers)
+                for states in (question_states, attention_mask)
+            )
+        if answer_weights is None:
+            answer_weights = question_states.new_ones(num_answers)
+        logits, losses = self.answer_losses(
+            question_states, attention_mask, answer_input_ids, answer_attention_mask, **kwargs
+        )
+        return TestaVideoQAOutput(loss=(losses * answer_weights).sum() / len(input_ids), logits=logits, **outputs)
+
+    def answer_losses(
+        self,
+        question_states: Tensor,
+        question_mask: Tensor | None,
+        answer_input_ids: Tensor,
+        answer_attention_mask: Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits `[A, L, vocabulary]` and losses `[A]` of answers to Q questions, A / Q in a row to each."""
+        answer_input_ids = _replace_first_token(answer_input_ids, self.config.text_config.bos_token_id)
+        output = self.text_decoder(
+            answer_input_ids,
+            answer_attention_mask,
+            question_states,
+            question_mask,
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
+        )
+        labels = answer_input_ids
+        if answer_attention_mask is not None:
+            labels = answer_input_ids.masked_fill(answer_attention_mask == 0, -100)
+        return output.logits, self.text_decoder.text_losses(output.logits, labels)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Tensor:
+        """Answer questions `[B, N]` about videos `[B, T, C, H, W]` in free text.
+
+        Args:
+            generate_kwargs: Those of [`~transformers.GenerationMixin.generate`]: `num_beams`, `max_new_tokens`, ...
+
+        Returns:
+            Token ids `[B, L]`, [DEC] and padding included; what `generate` returns for other options.
+        """
+        _, question_states = self.read_question(pixel_values_videos, input_ids, attention_mask)
+        return self.text_decoder.generate(
+            **self.text_decoder.as_prompt(len(question_states)),
+            encoder_hidden_states=question_states,
+            encoder_attention_mask=attention_mask,
+            **generate_kwargs,
+        )
+
+    @torch.no_grad()
+    def score_answers(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        answer_input_ids: Tensor,
+        answer_attention_mask: Tensor,
+    ) -> Tensor:
+        """Return the log-probabilities `[B, answers]` of the same answers `[answers, L]` to every question.
+
+        They are smoothed by `label_smoothing` as in training, which is how the released models rank answers.
+        """
+        _, question_states = self.read_question(pixel_values_videos, input_ids, attention_mask)
+        answers = torch.arange(len(answer_input_ids), device=answer_input_ids.device).expand(len(input_ids), -1)
+        return self._score(question_states, attention_mask, answer_input_ids, answer_attention_mask, answers)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        answer_input_ids: Tensor,
+        answer_attention_mask: Tensor,
+        top_k: int = 128,
+    ) -> Tensor:
+        """Choose among the same answers for every question.
+
+        Args:
+            pixel_values_videos: `[B, T, C, H, W]`.
+            input_ids: `[B, N]`, questions.
+            attention_mask: `[B, N]`.
+            answer_input_ids: `[answers, L]`, as the tokenizer gives them.
+            answer_attention_mask: `[answers, L]`.
+            top_k: Answers with the likeliest first token, whose full log-probabilities are compared.
+
+        Returns:
+            `[B]`, the index of the likeliest answer.
+        """
+        _, question_states = self.read_question(pixel_values_videos, input_ids, attention_mask)
+        first = self.text_decoder(
+            **self.text_decoder.as_prompt(len(question_states)),
+            encoder_hidden_states=question_states,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+            return_dict=True,
+        ).logits[:, 0]
+        likeliest = first[:, answer_input_ids[:, 1]].topk(min(top_k, len(answer_input_ids)), dim=1).indices
+        scores = self._score(question_states, attention_mask, answer_input_ids, answer_attention_mask, likeliest)
+        return likeliest.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
+
+    def _score(
+        self,
+        question_states: Tensor,
+        question_mask: Tensor | None,
+        answer_input_ids: Tensor,
+        answer_attention_mask: Tensor,
+        answers: Tensor,
+        answers_at_once: int = 32,
+    ) -> Tensor:
+        """Log-probabilities `[B, K]` of those `answers [B, K]`, an index into `answer_input_ids`, to each question."""
+        scores = []
+        for some in answers.split(answers_at_once, dim=1):
+            ids, mask = answer_input_ids[some].flatten(0, 1), answer_attention_mask[some].flatten(0, 1)
+            _, losses = self.answer_losses(question_states, question_mask, ids, mask)
+            scores.append(-losses.view_as(some))
+        return torch.cat(scores, dim=1)
+
+
+class TestaForMultipleChoiceVideoQA(TestaPreTrainedModel):
+    """Chooses between answers to a question about a video: each is read with the video and judged by a matching head.
+
+    A checkpoint of [`TestaForRetrieval`] or [`TestaForPreTraining`] can be loaded as well, and chooses without training
+    the text that matches the video best.
+    """
+
+    def __init__(self, config: TestaConfig):
+        super().__init__(config)
+        self.testa = TestaModel(config)
+        self.matching_head = nn.Linear(config.text_config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values_videos: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TestaVideoQAOutput:
+        """Judge each choice.
+
+        Args:
+            pixel_values_videos: `[B, T, C, H, W]`.
+            input_ids: `[B, choices, N]`, "question? choice" as the tokenizer gives it.
+            attention_mask: `[B, choices, N]`.
+            labels: `[B]`, index of the right choice.
+
+        Returns:
+            `logits [B, choices]`, the log-odds that text and video match; `loss`, their cross-entropy.
+        """
+        video_output = self.testa.get_video_features(pixel_values_videos, return_dict=True, **kwargs)
+        states = self.testa.text_model(
+            _replace_first_token(input_ids.flatten(0, 1), self.config.text_config.enc_token_id),
+            None if attention_mask is None else attention_mask.flatten(0, 1),
+            video_output.last_hidden_state,
+            return_dict=True,
+            **kwargs,
+        ).last_hidden_state
+        unmatched, matched = _apply_head(self.matching_head, states[:, 0]).unbind(dim=-1)
+        logits = (matched - unmatched).view(input_ids.shape[:2])
+        return TestaVideoQAOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            video_model_output=video_output,
+            question_hidden_states=states,
         )
 
 
@@ -1015,4 +1589,15 @@ def _replace_first_token(input_ids: Tensor, token_id: int) -> Tensor:
     return torch.cat([torch.full_like(input_ids[:, :1], token_id), input_ids[:, 1:]], dim=1)
 
 
-__all__ = ["TestaForRetrieval", "TestaModel", "TestaPreTrainedModel", "TestaTextModel", "TestaVideoModel"]
+__all__ = [
+    "TestaForCaptioning",
+    "TestaForMultipleChoiceVideoQA",
+    "TestaForPreTraining",
+    "TestaForRetrieval",
+    "TestaForVideoQA",
+    "TestaModel",
+    "TestaPreTrainedModel",
+    "TestaTextDecoder",
+    "TestaTextModel",
+    "TestaVideoModel",
+]
