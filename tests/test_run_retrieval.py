@@ -208,7 +208,10 @@ def test_videos_that_cannot_be_decoded_are_counted_in_the_results(world, trained
         (["--do_train"], "output_dir is missing"),
         (["--index_folder", "{empty}", "--gallery_dir", "{empty}/gallery"], "holds no video"),
         (["--do_eval", "--output_dir", "out", "--validation_file", "{empty}/no.jsonl"], "no.jsonl doesn't exist"),
-        (["--do_eval", "--dataset_name", "didemo", "--output_dir", "out"], "data_dir is missing"),
+        (
+            ["--do_eval", "--dataset_name", "didemo", "--output_dir", "out"],
+            "data_dir names 0 folders for 1 benchmarks",
+        ),
     ],
 )
 def test_what_is_missing_is_said_in_one_sentence(world, tmp_path, arguments, message):

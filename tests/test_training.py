@@ -10,21 +10,24 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from huggingface_hub import ModelCard, ModelCardData
 from retrieval_world import tiny_config, tiny_processor, write_stories
+from safetensors.torch import load_file
 from torch import nn
 
 from transformers_testa import TestaForRetrieval
-from transformers_testa.arguments import TrainingArguments, as_recipe, parse_arguments
+from transformers_testa.arguments import ObjectiveArguments, TrainingArguments, as_recipe, parse_arguments
 from transformers_testa.data.annotations import load_annotations
 from transformers_testa.data.datasets import VideoTextDataset, collate_training_samples
+from transformers_testa.data.sampling import EpochBatchSampler
+from transformers_testa.reporting import write_model_card
 from transformers_testa.training import (
     Checkpoints,
     Progress,
     create_accelerator,
+    create_objective,
     create_optimizer,
     create_scheduler,
     run_identity,
     train,
-    write_model_card,
 )
 
 
@@ -81,7 +84,7 @@ def test_a_written_recipe_gives_the_same_arguments(tmp_path):
         ("seed: 1", ["stray"], "'stray', which belongs to no argument"),
         ("- seed", [], "must be a mapping"),
         ("seed: [", [], "can't be read"),
-        ("per_device_train_batch_size: 1", [], "per_device_train_batch_size is 1; at least 2"),
+        ("per_device_train_batch_size: 0", [], "per_device_train_batch_size is 0; at least 1"),
         ("num_train_epochs: 0", [], "num_train_epochs is 0; at least 1"),
         ("warmup_ratio: 2", [], "warmup_ratio is 2.0; a share"),
         ("do_train: true", [], "output_dir"),
@@ -135,7 +138,9 @@ def test_the_rate_warms_up_linearly_and_falls_on_a_cosine():
 # --- The loop ----------------------------------------------------------------------------------------------------------
 
 
-def run(folder, output_dir, stop_after=None, model=None, config=None, evaluate=None, **kwargs):
+def run(
+    folder, output_dir, stop_after=None, model=None, config=None, evaluate=None, best_by=None, momentum=None, **kwargs
+):
     """Train a tiny model on the stories of a folder and return it with its progress and its losses."""
     defaults = {"max_train_steps": 6, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, "seed": 3}
     args = TrainingArguments(**{**defaults, "output_dir": str(output_dir), "per_device_train_batch_size": 3, **kwargs})
@@ -145,6 +150,8 @@ def run(folder, output_dir, stop_after=None, model=None, config=None, evaluate=N
     processor = tiny_processor()
     processor.video_processor.frame_sampling = "jitter"
     dataset = VideoTextDataset(load_annotations(folder / "train.jsonl"), processor.video_processor)
+    sampler = EpochBatchSampler(len(dataset), args.per_device_train_batch_size, args.seed)
+    objective = create_objective(model, ObjectiveArguments(momentum=momentum, queue_size=5), args, sampler)
     losses = []
 
     def collate(samples):
@@ -152,9 +159,11 @@ def run(folder, output_dir, stop_after=None, model=None, config=None, evaluate=N
             raise KeyboardInterrupt
         return collate_training_samples(samples, processor, max_words=16)
 
-    hook = model.register_forward_hook(lambda module, inputs, output: losses.append(output.loss.item()))
+    hook = objective.register_forward_hook(lambda module, inputs, output: losses.append(output.loss.item()))
     progress = train(
-        args, accelerator, model, dataset, collate, run_identity(model, dataset, args), evaluate, "recall@1"
+        *(args, accelerator, objective, dataset, sampler, collate, run_identity(model, dataset, args)),
+        *(evaluate, best_by),
+        smallest_batch=2,
     )
     hook.remove()
     return model, progress, losses
@@ -169,9 +178,10 @@ def weights(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+@pytest.mark.parametrize("momentum", [None, 0.9])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(stories, tmp_path, accumulation):
-    kwargs = {"gradient_accumulation_steps": accumulation}
+def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(stories, tmp_path, accumulation, momentum):
+    kwargs = {"gradient_accumulation_steps": accumulation, "momentum": momentum}
     whole, whole_progress, whole_losses = run(stories, tmp_path / "whole", **kwargs)
     with pytest.raises(KeyboardInterrupt):
         run(stories, tmp_path / "stopped", stop_after=3 * accumulation, **kwargs)
@@ -229,18 +239,65 @@ def test_the_loss_falls(stories, tmp_path):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def test_evaluation_comes_when_asked_and_stays_in_the_checkpoint(stories, tmp_path):
-    moments = []
+def evaluation(values):
+    """An evaluation that gives these recalls one after the other."""
+    values = iter(values)
 
     def evaluate(progress, moment):
-        moments.append(moment)
-        progress.results.setdefault("validation", {})[moment] = {"recall@1": 1.0}
-        return {"recall@1": 1.0}
+        metrics = progress.results.setdefault("validation", {})[moment] = {"recall@1": next(values)}
+        return metrics
 
-    run(stories, tmp_path, evaluate=evaluate, do_eval=True, eval_before_training=True, eval_steps=4)
-    assert moments == ["before training", "step 4", "after training"]
+    return evaluate
+
+
+def test_evaluation_comes_when_asked_and_stays_in_the_checkpoint(stories, tmp_path):
+    run(
+        *(stories, tmp_path),
+        evaluate=evaluation([1.0, 2.0, 3.0]),
+        **{"best_by": "recall@1", "do_eval": True, "eval_before_training": True, "eval_steps": 4},
+    )
     saved = json.loads((tmp_path / "checkpoint-6" / "progress.json").read_text())
-    assert list(saved["results"]["validation"]) == moments
+    moments = {"before training": 1.0, "step 4": 2.0, "step 6": 3.0}
+    assert saved["results"]["validation"] == {moment: {"recall@1": value} for moment, value in moments.items()}
+
+
+def test_the_best_step_by_validation_is_kept_and_taken(stories, tmp_path):
+    values = [5.0, 9.0, 7.0, 6.0, 8.0, 3.0]
+    kwargs = {"best_by": "recall@1", "do_eval": True, "eval_steps": 1, "save_steps": 2}
+    model, progress, _ = run(stories, tmp_path / "long", evaluate=evaluation(values), **kwargs)
+    assert (progress.best_step, progress.best_value, progress.step) == (2, 9.0, 6)
+    folders = sorted(folder.name for folder in (tmp_path / "long").iterdir())
+    assert folders == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    again, _, losses = run(stories, tmp_path / "long", evaluate=evaluation([]), **kwargs)
+    assert losses == [] and torch.equal(weights(model), weights(again))
+
+    # Another run whose last step is the best one has the weights of step 6, not of step 2.
+    last, progress, _ = run(stories, tmp_path / "other", evaluate=evaluation(range(6)), **kwargs)
+    assert progress.best_step == 6 and not torch.equal(weights(last), weights(model))
+
+
+def test_losses_are_recorded_by_step(stories, tmp_path):
+    _, progress, losses = run(stories, tmp_path, logging_steps=3, save_steps=6)
+    assert list(progress.losses) == ["3", "6"]
+    assert progress.losses["3"]["loss"] == pytest.approx(sum(losses[:3]) / 3)
+    assert set(progress.losses["6"]) == {"loss", "loss_vtc", "loss_vtm"}
+
+
+def test_a_teacher_follows_the_model_and_stays_out_of_what_is_published(stories, tmp_path):
+    model, _, _ = run(stories, tmp_path, momentum=0.9)
+    saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    assert {name.partition(".")[0] for name in saved} == {"model", "teacher", "queue", "step"}
+    assert saved["step"] == 6 and saved["queue.pair_ids"].min() >= 0
+    projection = "video_projection.weight"
+    assert not torch.equal(saved[f"teacher.{projection}"], saved[f"model.{projection}"])
+    model.save_pretrained(tmp_path / "published")
+    published = load_file(tmp_path / "published" / "model.safetensors")
+    assert not any("teacher" in name or "queue" in name for name in published)
+
+
+def test_a_queue_shorter_than_the_batch_is_refused(stories, tmp_path):
+    with pytest.raises(ValueError, match="queue_size is 5; at least a batch over all processes is needed: 8"):
+        run(stories, tmp_path, momentum=0.9, per_device_train_batch_size=8)
 
 
 def test_broken_videos_are_left_out_and_the_steps_made_up(tmp_path):
@@ -256,7 +313,7 @@ def test_a_training_set_of_broken_videos_is_an_error(tmp_path):
     folder = write_stories(tmp_path, num_train=6)
     for video in (folder / "videos").glob("train-*"):
         video.write_bytes(b"broken")
-    with pytest.raises(ValueError, match="No batch of the training set has two videos"):
+    with pytest.raises(ValueError, match="No batch of the training set has 2 or more videos"):
         run(folder, tmp_path / "out")
 
 

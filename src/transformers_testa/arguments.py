@@ -10,20 +10,23 @@ from typing import Any, ClassVar, Literal
 import yaml
 from transformers import HfArgumentParser
 
-from transformers_testa.data.annotations import BENCHMARKS
+from transformers_testa.data.benchmarks import BENCHMARKS
 
 
 @dataclass
 class ModelArguments:
     """Which model. `free` names, here and below, the arguments that may change when a run goes on from a checkpoint."""
 
-    free: ClassVar[tuple[str, ...]] = ("config_name", "attn_implementation")
+    free: ClassVar[tuple[str, ...]] = ("config_name", "init_from_blip", "attn_implementation")
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A trained model, to go on from or to use."}
     )
     config_name: str | None = field(
         default=None, metadata={"help": "For new weights: a folder of config.json, processor and tokenizer."}
+    )
+    init_from_blip: str | None = field(
+        default=None, metadata={"help": "With config_name: a BLIP checkpoint (.pth, folder or Hub id) to start from."}
     )
     merged_frames_per_layer: int | None = field(default=None, metadata={"help": "The paper's R_T; else the config's."})
     merged_patches_per_layer: int | None = field(default=None, metadata={"help": "R_S; else the config's."})
@@ -32,6 +35,8 @@ class ModelArguments:
     def __post_init__(self):
         if (self.model_name_or_path is None) == (self.config_name is None):
             raise ValueError("Give either model_name_or_path (trained weights) or config_name (new weights).")
+        if self.init_from_blip and self.config_name is None:
+            raise ValueError("init_from_blip needs config_name: the folder of the new model's configuration.")
 
 
 @dataclass
@@ -39,36 +44,99 @@ class DataArguments:
     """Which videos and texts, and what is taken of them."""
 
     free: ClassVar[tuple[str, ...]] = (
-        *("dataset_name", "data_dir", "train_file", "validation_file", "test_file", "video_root", "cache_frames"),
+        *("dataset_name", "dataset_config_name", "columns", "data_dir", "video_root", "cache_frames"),
+        *("train_file", "validation_file", "test_file"),
     )
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": f"A benchmark ({', '.join(BENCHMARKS)}), instead of the three files."}
+    dataset_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Benchmarks ({', '.join(BENCHMARKS)}) or data sets of the Hub, instead of the three files."
+        },
     )
-    data_dir: str | None = field(default=None, metadata={"help": "Holds the annotation files of dataset_name."})
-    train_file: str | None = field(default=None, metadata={"help": "JSONL or CSV with video, video_id, text."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
-    test_file: str | None = field(default=None, metadata={"help": "The same, for the test at the end."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a data set of the Hub."})
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "How a data set of the Hub names our columns, if not as we do: text=caption video=path ..."},
+    )
+    data_dir: list[str] | None = field(
+        default=None, metadata={"help": "Holds the annotation files of a benchmark; one for each in dataset_name."}
+    )
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "JSONL or CSV files with the columns that the task needs."}
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    test_file: list[str] | None = field(default=None, metadata={"help": "The same, for the test at the end."})
+    train_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Share of each training file, or benchmark, in what is trained on; else by their sizes."},
+    )
     video_root: str | None = field(
         default=None, metadata={"help": "Holds the videos; else where the annotations are."}
     )
     max_words: int | None = field(
-        default=None,
-        metadata={"help": "Words, and tokens, kept of a text; the benchmark's number or 64 if not given."},
+        default=None, metadata={"help": "Words kept of a text; the benchmark's number, or 64, if not given."}
     )
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video; else the processor's number."})
     frame_sampling: str | None = field(default=None, metadata={"help": "uniform, middle, ...; else the processor's."})
     train_frame_sampling: str | None = field(default=None, metadata={"help": "Another one for training, say jitter."})
     cache_frames: bool = field(default=False, metadata={"help": "Decode each video once, into a file on disk."})
+    crop_from: int | None = field(
+        default=None,
+        metadata={"help": "In training, resize frames to this height and width, and crop at random from there."},
+    )
+    random_flip: bool = field(default=False, metadata={"help": "In training, mirror every second video."})
+    rand_augment_ops: int = field(
+        default=0, metadata={"help": "In training, so many operations of RandAugment, the same for a video's frames."}
+    )
     group_distractors: bool = field(
         default=False, metadata={"help": "Train on a video and the distractor that its row names in the same batch."}
     )
 
     def __post_init__(self):
-        if self.dataset_name is not None and self.data_dir is None:
-            raise ValueError(f"data_dir is missing: the folder of the annotation files of {self.dataset_name}.")
+        names, folders = self.dataset_name or [], self.data_dir or []
+        benchmarks = [name for name in names if name in BENCHMARKS]
+        if len(folders) != len(benchmarks):
+            raise ValueError(
+                f"data_dir names {len(folders)} folders for {len(benchmarks)} benchmarks in dataset_name "
+                f"({', '.join(benchmarks) or 'none'}); the folder of the annotation files of each is needed."
+            )
         if self.max_words is None:
-            self.max_words = BENCHMARKS[self.dataset_name].max_words if self.dataset_name in BENCHMARKS else 64
+            self.max_words = max((BENCHMARKS[name].max_words for name in benchmarks), default=64)
+        for column in self.columns or ():
+            if "=" not in column:
+                raise ValueError(f"columns has {column!r}; ours=theirs is needed, such as text=caption.")
+        num_sources = len(self.dataset_name or self.train_file or [])
+        if self.train_weights and len(self.train_weights) != num_sources:
+            raise ValueError(f"train_weights has {len(self.train_weights)} numbers for {num_sources} sources.")
+
+
+@dataclass
+class ObjectiveArguments:
+    """How videos and texts are compared in training for retrieval and in pre-training."""
+
+    free: ClassVar[tuple[str, ...]] = ()
+
+    momentum: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of its weights that a teacher keeps in a step, such as 0.995; no teacher if not given."
+        },
+    )
+    queue_size: int = field(default=32, metadata={"help": "Samples of earlier batches that a batch is compared with."})
+    distillation_weight: float = field(default=0.4, metadata={"help": "Weight of the teacher's targets (alpha)."})
+    distillation_ramp_epochs: float = field(
+        default=1.0, metadata={"help": "Epochs over which that weight rises linearly from 0."}
+    )
+
+    def __post_init__(self):
+        for name in ("momentum", "distillation_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; a share from 0 to 1 is needed.")
+        for name in ("queue_size", "distillation_ramp_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is needed.")
 
 
 @dataclass
@@ -110,7 +178,7 @@ class TrainingArguments:
     max_train_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps, instead of num_train_epochs."}
     )
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs in a batch, at least 2."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Samples in a batch of one process."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Videos, or texts, in an evaluation batch."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches in an optimizer step."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
@@ -128,7 +196,7 @@ class TrainingArguments:
     report_to: str = field(default="none", metadata={"help": "A tracker of Accelerate, such as tensorboard, or none."})
 
     def __post_init__(self):
-        lowest = {"per_device_train_batch_size": 2, "warmup_steps": 0, "num_workers": 0}
+        lowest = {"warmup_steps": 0, "num_workers": 0}
         for argument in dataclasses.fields(self):
             value, least = getattr(self, argument.name), lowest.get(argument.name, 1)
             if argument.type in (int, int | None) and argument.name != "seed" and value is not None and value < least:

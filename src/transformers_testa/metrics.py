@@ -50,10 +50,15 @@ def ndcg(scores: torch.Tensor, relevant: torch.Tensor, k: int = 10) -> torch.Ten
 
 
 def ranking_metrics(scores: torch.Tensor, relevant: torch.Tensor) -> dict[str, float]:
-    """Recall@1/5/10, median and mean rank, MRR and nDCG@10 over the queries. Arguments and errors are those of [`ranks`]."""
+    """Recall@1/5/10 and their mean, median and mean rank, MRR and nDCG@10 over the queries.
+
+    Arguments and errors are those of [`ranks`].
+    """
     rank = ranks(scores, relevant).double()
+    recalls = {f"recall@{k}": 100 * (rank <= k).double().mean().item() for k in RECALL_AT}
     return {
-        **{f"recall@{k}": 100 * (rank <= k).double().mean().item() for k in RECALL_AT},
+        **recalls,
+        "mean_recall": sum(recalls.values()) / len(recalls),
         "median_rank": rank.quantile(0.5).item(),
         "mean_rank": rank.mean().item(),
         "mrr": rank.reciprocal().mean().item(),

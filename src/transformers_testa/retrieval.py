@@ -90,7 +90,7 @@ def index_videos(
     failed, batch = {}, {}
     size_before = len(gallery)
     decoded = _decode_ahead(processor, waiting, decode_threads, ahead=2 * batch_size)
-    with _inference(model):
+    with inference(model):
         for video_id, pixels in tqdm(decoded, total=len(waiting), desc="Embedding videos", unit="video"):
             try:
                 batch[video_id] = pixels.result()
@@ -141,7 +141,8 @@ def _add_videos(model: PreTrainedModel, gallery: Gallery, ids: list[str], pixel_
 
 
 @contextlib.contextmanager
-def _inference(model: PreTrainedModel) -> Iterator[None]:
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode, without gradients; afterwards each module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -157,7 +158,7 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
 
 def embed_texts(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, batch_size: int = 64) -> Tensor:
     """Embeddings of texts `[texts, L]`, float32 `[texts, E]`, on the CPU."""
-    with _inference(model):
+    with inference(model):
         embeddings = [
             model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output.float().cpu()
             for ids, mask in _text_batches(input_ids, attention_mask, batch_size, model.device)
@@ -243,7 +244,7 @@ def match_texts(
         Logits of being matched, float32 `[texts]`, on the CPU.
     """
     hidden_states = hidden_states.to(model.device, model.dtype)
-    with _inference(model):
+    with inference(model):
         logits = [
             model.match(hidden_states, ids, mask)[:, 1].float().cpu()
             for ids, mask in _text_batches(input_ids, attention_mask, batch_size, model.device)
@@ -380,7 +381,7 @@ class VideoSearch:
             row = self.gallery.row(str(video))
             return self.gallery.embeddings()[row : row + 1], self.gallery.hidden_states([row])
         pixels = self.processor(videos=[video], return_tensors="pt")["pixel_values_videos"]
-        with _inference(self.model):
+        with inference(self.model):
             output = self.model.get_video_features(pixel_values_videos=pixels.to(self.model.device))
         return output.pooler_output.float().cpu(), output.last_hidden_state
 
@@ -529,7 +530,7 @@ def _embed_video_batches(
 ) -> tuple[list[str], Tensor, Tensor]:
     """Return the ids of all processes' videos, sorted, their embeddings, and their rows in this gallery or -1."""
     own_ids = {}
-    with _inference(model):
+    with inference(model):
         for batch in batches:
             own_ids |= dict.fromkeys(batch["video_id"])
             new = {video_id: place for place, video_id in enumerate(batch["video_id"]) if video_id not in gallery}

@@ -1,4 +1,4 @@
-"""What the scripts share: optimiser and schedule, checkpoints, the training loop, model cards."""
+"""What the scripts share: model and data, optimiser and schedule, checkpoints, the training loop."""
 
 import dataclasses
 import json
@@ -13,20 +13,24 @@ from typing import Any
 
 import datasets
 import torch
-import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin
-from huggingface_hub import ModelCardData
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, get_scheduler
 
-from transformers_testa.arguments import DataArguments, ModelArguments, TrainingArguments
-from transformers_testa.data.annotations import load_annotations, load_benchmark
-from transformers_testa.data.datasets import BrokenVideos, EpochBatchSampler, VideoTextDataset, cache_frames
-from transformers_testa.flops import count_video_gflops
+from transformers_testa.arguments import DataArguments, ModelArguments, ObjectiveArguments, TrainingArguments
+from transformers_testa.configuration_testa import TestaConfig
+from transformers_testa.conversion import from_blip
+from transformers_testa.data.annotations import Task, load_annotations
+from transformers_testa.data.augmentation import VideoAugmentation
+from transformers_testa.data.benchmarks import BENCHMARKS, load_benchmark, load_hub_dataset
+from transformers_testa.data.datasets import BrokenVideos, VideoTextDataset, cache_frames
+from transformers_testa.data.sampling import EpochBatchSampler, distractor_rows
+from transformers_testa.modeling_testa import resize_time
+from transformers_testa.momentum import MomentumTraining
 from transformers_testa.processing_testa import TestaProcessor
 from transformers_testa.video_processing_testa import TestaVideoProcessor
 
@@ -38,9 +42,15 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(
-    model_class: type[PreTrainedModel], model_args: ModelArguments, data_args: DataArguments
+    model_class: type[PreTrainedModel],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    gradient_checkpointing: bool = False,
 ) -> tuple[PreTrainedModel, TestaProcessor]:
     """Load a model, or make one with new weights, and its processor, with the arguments' settings put into both.
+
+    Weights that were trained with another number of frames get resized time embeddings. Temporal scaling, which belongs
+    to pre-training, is left behind where frames merge.
 
     Raises:
         ValueError: The folder holds another kind of model, or the settings don't go together.
@@ -49,17 +59,53 @@ def build_model(
     config = AutoConfig.from_pretrained(source)
     if config.model_type != "testa":
         raise ValueError(f"{source} holds a `{config.model_type}` model; a `testa` model is needed.")
+    stored_frames = config.video_config.num_frames
+    _override(config.video_config, data_args, "num_frames")
     _override(config.video_config, model_args, "merged_frames_per_layer", "merged_patches_per_layer")
+    if any(config.video_config.merged_frames):
+        config.video_config.use_temporal_scaling = False
     config.video_config.validate_architecture()
     if model_args.model_name_or_path:
-        model = model_class.from_pretrained(source, config=config, dtype=torch.float32)
+        model = _load_model(model_class, source, config, stored_frames)
+    elif model_args.init_from_blip:
+        model = from_blip(model_args.init_from_blip, BLIP_ARCHITECTURES[model_class.__name__], config)
     else:
         model = model_class(config)
     if model_args.attn_implementation:
         model.set_attn_implementation(model_args.attn_implementation)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()
     processor = TestaProcessor.from_pretrained(source)
     _override(processor.video_processor, data_args, "num_frames", "frame_sampling")
     return model, processor
+
+
+BLIP_ARCHITECTURES = {
+    "TestaForPreTraining": "pretraining",
+    "TestaForRetrieval": "retrieval",
+    "TestaForVideoQA": "videoqa",
+}
+
+
+def _load_model(
+    model_class: type[PreTrainedModel], source: str, config: TestaConfig, stored_frames: int
+) -> PreTrainedModel:
+    if config.video_config.num_frames == stored_frames:
+        return model_class.from_pretrained(source, config=config, dtype=torch.float32)
+    stored_config = deepcopy(config)
+    # Aggregation has no weights, and may not fit the stored number of frames.
+    without_merges = {"num_frames": stored_frames, "merged_frames_per_layer": 0, "merged_patches_per_layer": 0}
+    for name, value in without_merges.items():
+        setattr(stored_config.video_config, name, value)
+    weights = model_class.from_pretrained(source, config=stored_config, dtype=torch.float32).state_dict()
+    resized = {
+        name: resize_time(weight, config.video_config.num_frames)
+        for name, weight in weights.items()
+        if name.endswith(("time_embeddings", "temporal_scaling"))
+    }
+    model = model_class(config)
+    model.load_state_dict(weights | resized)
+    return model.eval()
 
 
 def _override(settings: Any, arguments: Any, *names: str):
@@ -68,15 +114,33 @@ def _override(settings: Any, arguments: Any, *names: str):
             setattr(settings, name, getattr(arguments, name))
 
 
-def load_split(data_args: DataArguments, split: str) -> datasets.Dataset:
-    """Return the annotation table of "train", "validation" or "test". Raises ValueError where no file is given."""
+def load_split(data_args: DataArguments, split: str, task: Task = "text") -> list[datasets.Dataset]:
+    """Return the annotation tables of "train", "validation" or "test", one for each source.
+
+    Raises:
+        ValueError: No source is given, or it can't be read, or it is for another task.
+    """
     settings = {"video_root": data_args.video_root, "max_words": data_args.max_words}
-    if data_args.dataset_name:
-        return load_benchmark(data_args.dataset_name, data_args.data_dir, split, **settings)
-    file = getattr(data_args, f"{split}_file")
-    if file is None:
-        raise ValueError(f"{split}_file is missing: the annotations of the {split} split (or pass dataset_name).")
-    return load_annotations(file, **settings)
+    if not data_args.dataset_name:
+        files = getattr(data_args, f"{split}_file")
+        if not files:
+            raise ValueError(f"{split}_file is missing: the annotations of the {split} split (or pass dataset_name).")
+        return [load_annotations(file, task=task, **settings) for file in files]
+    folders = iter(data_args.data_dir or ())
+    columns = dict(column.split("=", 1) for column in data_args.columns or ())
+    tables = []
+    for name in data_args.dataset_name:
+        if name in BENCHMARKS:
+            if BENCHMARKS[name].task != task:
+                raise ValueError(f"The data set {name} has no `{task}` annotations but `{BENCHMARKS[name].task}`.")
+            tables.append(load_benchmark(name, next(folders), split, **settings))
+        elif "/" in name or Path(name).is_dir():
+            tables.append(load_hub_dataset(name, split, columns, data_args.dataset_config_name, task=task, **settings))
+        else:
+            raise ValueError(
+                f"There is no dataset `{name}`; there are {', '.join(BENCHMARKS)}, and data sets of the Hub (owner/name)."
+            )
+    return tables
 
 
 def video_dataset(
@@ -85,16 +149,77 @@ def video_dataset(
     data_args: DataArguments,
     args: TrainingArguments,
     accelerator: Accelerator,
-    frame_sampling: str | None = None,
+    training: bool = False,
 ) -> VideoTextDataset:
-    """Return the data set of a table, its frames cached if asked for; `frame_sampling` overrides the processor's."""
+    """Return the data set of a table, its frames cached if asked for; in training with sampling and augmentation."""
     video_processor = deepcopy(video_processor)
-    video_processor.frame_sampling = frame_sampling or video_processor.frame_sampling
+    augmentation = None
+    if training:
+        video_processor.frame_sampling = data_args.train_frame_sampling or video_processor.frame_sampling
+        if data_args.crop_from or data_args.random_flip or data_args.rand_augment_ops:
+            size = video_processor.size["height"]
+            augmentation = VideoAugmentation(size, data_args.random_flip, data_args.rand_augment_ops)
+            larger = data_args.crop_from or size
+            video_processor.size = type(video_processor.size)(height=larger, width=larger)
     if not data_args.cache_frames:
-        return VideoTextDataset(table, video_processor)
+        return VideoTextDataset(table, video_processor, augmentation=augmentation)
     with accelerator.main_process_first():
         frames = cache_frames(table, video_processor, num_proc=args.num_workers or None)
-    return VideoTextDataset(table, video_processor, frames)
+    return VideoTextDataset(table, video_processor, frames, augmentation)
+
+
+def training_set(
+    processor: TestaProcessor,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    task: Task = "text",
+) -> tuple[VideoTextDataset, EpochBatchSampler]:
+    """Return the training split of all sources as one data set, and the order in which it is gone through."""
+    sources = load_split(data_args, "train", task)
+    table = datasets.concatenate_datasets(sources)
+    dataset = video_dataset(table, processor.video_processor, data_args, args, accelerator, training=True)
+    sampler = EpochBatchSampler(
+        len(table),
+        args.per_device_train_batch_size * accelerator.num_processes,
+        args.seed,
+        hard_negatives=distractor_rows(table) if data_args.group_distractors else None,
+        source_sizes=[len(source) for source in sources],
+        source_weights=data_args.train_weights,
+    )
+    return dataset, sampler
+
+
+def evaluation_tables(
+    data_args: DataArguments, args: TrainingArguments, task: Task = "text"
+) -> dict[str, datasets.Dataset]:
+    """Return the annotation table of each split that is to be evaluated."""
+    splits = [split for split, asked in (("validation", args.do_eval), ("test", args.do_predict)) if asked]
+    return {split: datasets.concatenate_datasets(load_split(data_args, split, task)) for split in splits}
+
+
+def create_objective(
+    model: PreTrainedModel, objective_args: ObjectiveArguments, args: TrainingArguments, sampler: EpochBatchSampler
+) -> PreTrainedModel | MomentumTraining:
+    """Return what is trained: the model itself, or the model with a teacher and queues.
+
+    Raises:
+        ValueError: The queue is shorter than a batch over all processes.
+    """
+    if objective_args.momentum is None:
+        return model
+    if objective_args.queue_size < sampler.batch_size:
+        raise ValueError(
+            f"queue_size is {objective_args.queue_size}; at least a batch over all processes is needed: "
+            f"{sampler.batch_size}."
+        )
+    return MomentumTraining(
+        model,
+        objective_args.queue_size,
+        objective_args.momentum,
+        objective_args.distillation_weight,
+        round(objective_args.distillation_ramp_epochs * count_steps_per_epoch(args, sampler)),
+    )
 
 
 # --- Accelerator, optimiser, schedule ----------------------------------------------------------------------------------
@@ -117,6 +242,8 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
+        # All processes change the queues of MomentumTraining alike.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
 
@@ -190,18 +317,24 @@ class Progress:
     Args:
         step: Optimizer steps done.
         batches: Training batches consumed, those skipped included: the position in the data.
-        results: Metrics by split, then by moment ("before training", "after training", "step 100").
+        results: Metrics by split, then by moment ("before training", "step 100", "after training").
+        losses: Mean losses since the entry before, by step.
+        best_step: The step at which validation gave the best value so far, and
+        best_value: that value.
         broken_videos: Videos that couldn't be decoded: path → reason.
     """
 
     step: int = 0
     batches: int = 0
     results: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    best_step: int | None = None
+    best_value: float = -math.inf
     broken_videos: BrokenVideos = field(default_factory=BrokenVideos)
 
 
 class Checkpoints:
-    """The last two checkpoints of a run, each a folder that appears under its name only when it is complete.
+    """The last two checkpoints of a run and the best, each a folder that appears under its name when it is complete.
 
     Args:
         accelerator: Holds what [`accelerate.Accelerator.save_state`] saves.
@@ -221,6 +354,10 @@ class Checkpoints:
         """Return the complete checkpoints, oldest first."""
         steps = {folder: folder.name.removeprefix("checkpoint-") for folder in self.output_dir.glob("checkpoint-*")}
         return sorted((folder for folder, step in steps.items() if step.isdigit()), key=lambda f: int(steps[f]))
+
+    def folder(self, step: int | None) -> Path:
+        """Return where the checkpoint of a step is, or would be."""
+        return self.output_dir / f"checkpoint-{step}"
 
     def find(self, resume_from_checkpoint: str = "auto", overwrite: bool = False) -> Path | None:
         """Return the checkpoint to go on from, or None to start at step 0.
@@ -261,8 +398,8 @@ class Checkpoints:
         return Progress(**{**saved, "broken_videos": BrokenVideos(saved["broken_videos"])})
 
     def save(self, progress: Progress):
-        """Write a checkpoint aside, rename it, and delete those before the last two."""
-        folder = self.output_dir / f"checkpoint-{progress.step}"
+        """Write a checkpoint aside, rename it, and delete those before the last two, but for the best."""
+        folder = self.folder(progress.step)
         partial = folder.with_suffix(".partial")
         if self.accelerator.is_main_process:
             for leftover in (*self.output_dir.glob("checkpoint-*.partial"), folder):
@@ -275,37 +412,46 @@ class Checkpoints:
             (partial / "identity.json").write_text(json.dumps(self.identity, indent=2))
             partial.rename(folder)
             for old in self.folders()[: -self.keep]:
-                shutil.rmtree(old)
+                if old != self.folder(progress.best_step):
+                    shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
 
 # --- The loop ----------------------------------------------------------------------------------------------------------
 
 
+def count_steps_per_epoch(args: TrainingArguments, sampler: EpochBatchSampler) -> int:
+    """Return the optimizer steps of a pass over the training set, at least 1."""
+    return max(1, sampler.batches_per_epoch // args.gradient_accumulation_steps)
+
+
 def train(
     args: TrainingArguments,
     accelerator: Accelerator,
-    model: PreTrainedModel,
+    objective: PreTrainedModel | MomentumTraining,
     dataset: Dataset,
+    sampler: EpochBatchSampler,
     collate: Callable[[list[dict]], dict],
     identity: dict[str, Any],
-    evaluate: Callable[[Progress, str], dict[str, float]] | None,
-    headline: str,
-    hard_negatives: list[list[int]] | None = None,
+    evaluate: Callable[[Progress, str], dict[str, float]] | None = None,
+    best_by: str | None = None,
+    smallest_batch: int = 1,
 ) -> Progress:
     """Train a model in place, or go on training it from a checkpoint as if it had never stopped.
 
     Args:
         args: How.
         accelerator: What [`create_accelerator`] returns.
-        model: Gives an output with a `loss` for a batch.
+        objective: What [`create_objective`] returns, or a model that gives an output with a `loss` for a batch.
         dataset: Gives a sample for a (row number, seed).
+        sampler: The order in which its rows are gone through.
         collate: Makes samples a batch with `broken_videos`, as [`collate_training_samples`] does.
         identity: What [`run_identity`] returns.
-        evaluate: From progress and the name of the moment ("before training", "step 100", "after training") to metrics,
-            which it also writes into the progress. None for a run without.
-        headline: The metric that the progress bar shows.
-        hard_negatives: See [`EpochBatchSampler`].
+        evaluate: From progress and the name of the moment ("before training", "step 100") to metrics of the validation
+            split, which it also writes into the progress. None for a run without.
+        best_by: The metric, higher being better, by which the best step is found; its weights are the model's at the
+            end. None keeps the last.
+        smallest_batch: Samples that a batch needs in every process; one with fewer videos that can be decoded is left out.
 
     Returns:
         The progress at the end.
@@ -315,18 +461,15 @@ def train(
             another run.
         FloatingPointError: The loss is no longer a finite number.
     """
-    batch_size = args.per_device_train_batch_size * accelerator.num_processes
-    sampler = EpochBatchSampler(len(dataset), batch_size, args.seed, hard_negatives)
-    num_batches = args.num_train_epochs * sampler.batches_per_epoch
-    num_steps = args.max_train_steps or max(1, num_batches // args.gradient_accumulation_steps)
-    steps_per_epoch = max(1, sampler.batches_per_epoch // args.gradient_accumulation_steps)
+    steps_per_epoch = count_steps_per_epoch(args, sampler)
+    num_steps = args.max_train_steps or max(
+        1, args.num_train_epochs * sampler.batches_per_epoch // args.gradient_accumulation_steps
+    )
     eval_steps, save_steps = args.eval_steps or steps_per_epoch, args.save_steps or steps_per_epoch
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    optimizer = create_optimizer(model, args, fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"))
+    optimizer = create_optimizer(objective, args, fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"))
     scheduler = create_scheduler(optimizer, args, num_steps)
     loader = create_loader(dataset, collate, args.num_workers, batch_sampler=sampler)
-    model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+    prepared, optimizer, scheduler, loader = accelerator.prepare(objective, optimizer, scheduler, loader)
 
     checkpoints = Checkpoints(accelerator, args.output_dir, identity)
     checkpoint = checkpoints.find(args.resume_from_checkpoint, args.overwrite_output_dir)
@@ -337,48 +480,58 @@ def train(
     elif evaluate and args.eval_before_training:
         evaluate(progress, "before training")
 
-    losses, status, skipped = [], {}, 0
+    outputs, status, skipped = [], {}, 0
     bar = tqdm(total=num_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
     for batch in loader if progress.step < num_steps else ():
         progress.batches += 1
-        # Hard negatives need a second video, and all processes have to take part in a step.
-        if not _everywhere(accelerator, progress.broken_videos.take_from(batch) >= 2):
+        # All processes have to take part in a step.
+        if not _everywhere(accelerator, progress.broken_videos.take_from(batch) >= smallest_batch):
             skipped += 1
             if skipped == 2 * sampler.batches_per_epoch:
-                raise ValueError("No batch of the training set has two videos that can be decoded.")
+                raise ValueError(
+                    f"No batch of the training set has {smallest_batch} or more videos that can be decoded."
+                )
             continue
         skipped = 0
-        model.train()
-        with accelerator.accumulate(model):
-            loss = model(**batch).loss
-            accelerator.backward(loss)
+        prepared.train()
+        with accelerator.accumulate(prepared):
+            output = prepared(**batch)
+            accelerator.backward(output.loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                accelerator.clip_grad_norm_(prepared.parameters(), args.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-        losses.append(loss.detach())
+        outputs.append({name: value.detach() for name, value in output.items() if name.startswith("loss")})
         if not accelerator.sync_gradients:
             continue
 
+        if isinstance(objective, MomentumTraining):
+            objective.after_optimizer_step()
         progress.step += 1
         bar.update()
         finished = progress.step == num_steps
         save = finished or progress.step % save_steps == 0
         if save or progress.step % args.logging_steps == 0:
-            mean = _mean_loss(accelerator, losses, progress.step)
-            accelerator.log({"loss": mean, "learning_rate": scheduler.get_last_lr()[0]}, step=progress.step)
-            status["loss"], losses = f"{mean:.3f}", []
-        if evaluate and (finished or (args.do_eval and progress.step % eval_steps == 0)):
-            metrics = evaluate(progress, "after training" if finished else f"step {progress.step}")
+            losses = progress.losses[str(progress.step)] = _mean_losses(accelerator, outputs, progress.step)
+            accelerator.log({**losses, "learning_rate": scheduler.get_last_lr()[0]}, step=progress.step)
+            status["loss"], outputs = f"{losses['loss']:.3f}", []
+        if evaluate and args.do_eval and (finished or progress.step % eval_steps == 0):
+            metrics = evaluate(progress, f"step {progress.step}")
             accelerator.log(metrics, step=progress.step)
-            status[headline] = f"{metrics[headline]:.1f}"
+            if best_by:
+                status[best_by] = f"{metrics[best_by]:.1f}"
+                if metrics[best_by] > progress.best_value:
+                    progress.best_step, progress.best_value, save = progress.step, metrics[best_by], True
         bar.set_postfix(status, refresh=False)
         if save:
             checkpoints.save(progress)
         if finished:
             break
     bar.close()
+    if progress.best_step not in (None, progress.step):
+        logger.info(f"Taking the weights of step {progress.best_step}, whose {best_by} is {progress.best_value:.2f}.")
+        accelerator.load_state(str(checkpoints.folder(progress.best_step)))
     return progress
 
 
@@ -393,82 +546,13 @@ def _everywhere(accelerator: Accelerator, condition: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([condition], device=accelerator.device)).all())
 
 
-def _mean_loss(accelerator: Accelerator, losses: list[torch.Tensor], step: int) -> float:
-    mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-    if not math.isfinite(mean):
+def _mean_losses(accelerator: Accelerator, outputs: list[dict[str, torch.Tensor]], step: int) -> dict[str, float]:
+    """Return the mean of each loss over outputs and processes. Raises FloatingPointError where the total isn't finite."""
+    means = torch.stack([torch.stack([output[name].float() for output in outputs]).mean() for name in outputs[0]])
+    losses = dict(zip(outputs[0], accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+    if not math.isfinite(losses["loss"]):
         raise FloatingPointError(
-            f"The loss is {mean} at step {step}; lower learning_rate, or train with mixed_precision no. "
+            f"The loss is {losses['loss']} at step {step}; lower learning_rate, or train with mixed_precision no. "
             "The last checkpoint is from before."
         )
-    return mean
-
-
-# --- Model cards -------------------------------------------------------------------------------------------------------
-
-
-def describe_run(
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    processor: TestaProcessor,
-    progress: Progress,
-    data_args: DataArguments,
-    args: TrainingArguments,
-) -> dict[str, Any]:
-    """Return what the figures of a run depend on, whatever its task, and the GFLOPs of a video."""
-    videos, config, device = processor.video_processor, model.config.video_config, accelerator.device
-    files = [file for file in (data_args.train_file, data_args.validation_file, data_args.test_file) if file]
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {
-        "data": data_args.dataset_name
-        or ", ".join(dict.fromkeys(Path(file).absolute().parent.name for file in files)),
-        "videos that could not be decoded": len(progress.broken_videos),
-        "frames": f"{videos.num_frames} a video, {videos.frame_sampling} sampling",
-        "resolution": ", ".join(f"{name} {pixels}" for name, pixels in dict(videos.size).items() if pixels)
-        + " pixels",
-        "text": f"the first {data_args.max_words} words, and as many tokens",
-        "merged in each block": f"frames (R_T): {config.merged_frames_per_layer}, patches of each frame (R_S): "
-        f"{config.merged_patches_per_layer}",
-        "GFLOPs per video": round(count_video_gflops(config, videos.num_frames), 2),
-        "computed on": f"{device_name}, {accelerator.num_processes} processes, mixed precision {args.mixed_precision}",
-        "seconds per video": "encoding alone, frames cached" if data_args.cache_frames else "decoding and encoding",
-        "training": f"{progress.step} steps of {batch} pairs, seed {args.seed}"
-        if progress.step
-        else "none in this run",
-    }
-
-
-def write_model_card(
-    folder: str | Path,
-    title: str,
-    introduction: str,
-    results: str,
-    definition: dict[str, Any],
-    recipe: dict[str, Any],
-    metadata: ModelCardData,
-):
-    """Write `README.md` and `recipe.yaml` next to a saved model.
-
-    Args:
-        folder: The model's folder.
-        title: Of the card.
-        introduction: What the model is for, and how it is used, in Markdown.
-        results: The measured figures, in Markdown.
-        definition: What the figures depend on: split, number of items, frames, sampling, ...
-        recipe: What [`as_recipe`] returns.
-        metadata: The card's header, with the figures for the Hub.
-    """
-    recipe_text = yaml.safe_dump(recipe, sort_keys=False)
-    lines = [f"- {name}: {value}" for name, value in definition.items()]
-    sections = [
-        f"---\n{metadata.to_yaml()}\n---",
-        f"# {title}",
-        introduction,
-        "## Results",
-        results,
-        "\n".join(lines),
-        "## Recipe",
-        f"```yaml\n{recipe_text}```",
-    ]
-    Path(folder, "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    Path(folder, "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+    return losses
