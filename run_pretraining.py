@@ -87,12 +87,13 @@ def main(command_line: list[str]):
             best_by=evaluator.best_by if args.do_eval else None,
             smallest_batch=2,  # hard negatives need a second video
         )
-        accelerator.end_training()
+        evaluator.gather_model()
         moment = "after training"
     if evaluator.tables:
         evaluator(progress, moment)
     if accelerator.is_main_process:
         report(evaluator, progress, moment, arguments)
+    accelerator.end_training()
 
 
 def report(evaluator: RetrievalEvaluator, progress: Progress, moment: str, arguments: tuple):

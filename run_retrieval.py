@@ -116,7 +116,7 @@ def main(command_line: list[str]):
             best_by=evaluator.best_by if args.do_eval else None,
             smallest_batch=2,  # hard negatives need a second video
         )
-        accelerator.end_training()
+        evaluator.gather_model()
         moment = "after training"
     if evaluator.tables:
         evaluator(progress, moment)
@@ -124,7 +124,8 @@ def main(command_line: list[str]):
         if args.output_dir:
             report(evaluator, progress, moment, arguments)
         if retrieval_args.gallery_dir:
-            search(model, processor, retrieval_args, args)
+            search(evaluator.model, processor, retrieval_args, args)
+    accelerator.end_training()
 
 
 def report(evaluator: RetrievalEvaluator, progress: Progress, moment: str, arguments: tuple):
@@ -139,7 +140,10 @@ def report(evaluator: RetrievalEvaluator, progress: Progress, moment: str, argum
     for split, details in list(evaluator.details.items())[-1:]:
         show_examples(details, evaluator.tables[split], retrieval_args.num_example_queries)
     if "condensedmovies" in (data_args.dataset_name or ()) and "test" in evaluator.details:
-        similarities = evaluator.details["test"].similarities.numpy()
+        details = evaluator.details["test"]
+        columns = {video_id: column for column, video_id in enumerate(details.video_ids)}
+        in_file = [columns[video_id] for video_id in evaluator.tables["test"]["video_id"] if video_id in columns]
+        similarities = details.similarities[:, list(dict.fromkeys(in_file))].numpy()
         write_similarity_matrix(Path(args.output_dir, "similarities_test.zip"), similarities)
     if args.do_train:
         publish(

@@ -125,12 +125,13 @@ def main(command_line: list[str]):
             evaluate=evaluator if tables else None,
             best_by=evaluator.best_by if args.do_eval else None,
         )
-        accelerator.end_training()
+        evaluator.gather_model()
         moment = "after training"
     if tables:
         evaluator(progress, moment)
     if accelerator.is_main_process:
         report(evaluator, progress, moment, arguments)
+    accelerator.end_training()
 
 
 def candidates(data_args: DataArguments, split: str, table: Dataset) -> list[str]:
@@ -165,7 +166,7 @@ def report(evaluator: QuestionEvaluator, progress: Progress, moment: str, argume
 
 
 def results_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Return a Markdown table of accuracies in percent, overall and by the type of question."""
+    """Return a Markdown table of accuracies in percent, overall and by the type of question; empty without any."""
     shown = {
         f"{split}, {moment}": metrics
         for split, moments in results.items()
@@ -178,7 +179,7 @@ def results_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
         [row, *(f"{metrics[name]:.1f}" if name in metrics else "–" for name in ("accuracy", *types))]
         for row, metrics in shown.items()
     ]
-    return markdown_table(columns, rows)
+    return markdown_table(columns, rows) if rows else ""
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ extras = {
     "faiss": ["faiss-cpu>=1.12"],
     "peft": ["peft>=0.21"],
     "notebooks": ["ipykernel", "matplotlib>=3.10", "nbclient>=0.10"],
+    "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
     "trackers": ["tensorboard"],
 }
 extras["test"] = [
@@ -21,6 +22,7 @@ extras["test"] = [
     *extras["demo"],
     *extras["peft"],
     *extras["faiss"],
+    *extras["onnx"],
 ]
 
 setup(
@@ -48,7 +50,7 @@ setup(
         "torch>=2.14",
         "torchvision>=0.29",
         "tqdm",
-        "transformers>=5.23,<6",
+        "transformers>=5.24,<6",
     ],
     extras_require=extras,
     classifiers=[

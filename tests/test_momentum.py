@@ -1,11 +1,15 @@
 import pytest
 import torch
+from accelerate import Accelerator, debug_launcher
+from hypothesis import given
+from hypothesis import strategies as st
 from original import OriginalCase, case_names
-from test_modeling import TOLERANCE
+from test_modeling import TOLERANCE, example_texts, example_videos, trained
+from test_modeling_common import tiny_config
 
 from transformers_testa import TestaForRetrieval, conversion
-from transformers_testa.momentum import MomentumTeacher, MomentumTraining
-from transformers_testa.objectives import HardNegatives
+from transformers_testa.momentum import FeatureQueue, MomentumTeacher, MomentumTraining, ProcessRows
+from transformers_testa.objectives import HardNegatives, draw_hard_negatives
 
 
 def released_training(case: OriginalCase, architecture: str) -> MomentumTraining:
@@ -84,3 +88,116 @@ def released_matching_loss(case: OriginalCase, model: TestaForRetrieval) -> torc
     videos = model.get_video_features(case.videos).last_hidden_state
     pairs = videos, case.inputs["input_ids"], case.inputs["attention_mask"]
     return model.matching_loss(*pairs, negatives, candidates=pairs)
+
+
+# --- Teacher ---------------------------------------------------------------------------------------------------------
+
+
+def tiny_training(**settings) -> MomentumTraining:
+    torch.manual_seed(0)
+    return MomentumTraining(trained(TestaForRetrieval(tiny_config())), **{"queue_size": 4, **settings})
+
+
+def example_pairs(batch_size: int = 3):
+    return (example_videos(batch_size), *example_texts(batch_size), torch.arange(batch_size))
+
+
+def test_the_teacher_has_what_makes_embeddings_and_nothing_else():
+    teacher = tiny_training().teacher
+    names = {name.partition(".")[0] for name in teacher.state_dict()}
+    assert names == {"testa", "video_projection", "text_projection"}
+    assert not any("cross_attention" in name for name in teacher.state_dict())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_the_teacher_moves_by_its_momentum_after_each_step():
+    training = tiny_training(momentum=0.75)
+    before = training.teacher.video_projection.weight.clone()
+    with torch.no_grad():
+        training.model.video_projection.weight.add_(1)
+    training.after_optimizer_step()
+    torch.testing.assert_close(training.teacher.video_projection.weight, before + 0.25)
+    assert training.step == 1
+
+
+def test_the_teacher_has_no_dropout():
+    training = tiny_training().train()
+    assert training.model.training and not any(module.training for module in training.teacher.modules())
+
+
+def test_what_the_teacher_believes_gains_weight_linearly():
+    training = tiny_training(distillation_weight=0.5, distillation_ramp_steps=4).eval()
+    pairs, losses = example_pairs(), []
+    for step in (0, 2, 4, 9):
+        training.step.fill_(step)
+        training.queue.pair_ids.fill_(FeatureQueue.EMPTY)
+        losses.append(training(*pairs).loss_vtc)
+    torch.testing.assert_close(losses[1] - losses[0], (losses[2] - losses[0]) / 2)
+    torch.testing.assert_close(losses[2], losses[3])
+    assert not torch.isclose(losses[0], losses[2])
+
+
+# --- Queues ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 7), st.lists(st.integers(1, 7), max_size=6))
+def test_a_queue_holds_the_last_samples_whatever_its_length(size, batches):
+    queue, pushed = FeatureQueue(size, 2), []
+    for batch_size in (min(batch_size, size) for batch_size in batches):
+        ids = torch.arange(len(pushed), len(pushed) + batch_size)
+        queue.push(ids[:, None].expand(-1, 2).float(), -ids[:, None].expand(-1, 2).float(), ids)
+        pushed += ids.tolist()
+    held = {number for number in queue.pair_ids.tolist() if number != FeatureQueue.EMPTY}
+    assert held == set(pushed[-size:])
+    for number, video, text in zip(queue.pair_ids, queue.video_embeds, queue.text_embeds, strict=True):
+        assert number == FeatureQueue.EMPTY or (video[0] == number and text[0] == -number)
+
+
+def test_a_batch_longer_than_the_queue_is_refused():
+    with pytest.raises(ValueError, match="A queue of 2 samples is too short for a batch of 3"):
+        tiny_training(queue_size=2)(*example_pairs(3))
+
+
+def test_empty_places_of_the_queue_are_no_candidates():
+    pairs = example_pairs()
+    losses = [tiny_training(queue_size=size).eval()(*pairs).loss_vtc for size in (3, 50)]
+    torch.testing.assert_close(*losses)
+
+
+def test_settings_out_of_range_are_named():
+    for name in ("momentum", "distillation_weight"):
+        with pytest.raises(ValueError, match=f"{name} is 1.5; a share from 0 to 1"):
+            tiny_training(**{name: 1.5})
+
+
+# --- Several processes -----------------------------------------------------------------------------------------------
+
+
+def gather_in_one_of_two_processes():
+    """Processes with 1 and 3 samples, and texts of 4 and 2 tokens."""
+    rank = Accelerator(cpu=True).process_index
+    num_rows, length = ((1, 4), (3, 2))[rank]
+    rows = ProcessRows(torch.ones(num_rows, length, dtype=torch.long))
+    assert (rows.own.start, rows.own.stop) == ((0, 1), (1, 4))[rank]
+    texts = rows.gather(torch.full((num_rows, length), rank + 1))
+    assert texts.tolist() == [[1, 1, 1, 1], *[[2, 2, 0, 0]] * 3]
+
+    features = torch.full((num_rows, 2, 2), float(rank), requires_grad=True)
+    gathered = rows.gather(features)
+    assert gathered[:, 0, 0].tolist() == [0, 1, 1, 1]
+    # Each process weighs the rows of both; what a row gets is the sum over the processes.
+    weights = torch.arange(4.0) + 10 * rank
+    (gathered.sum(dim=(1, 2)) * weights).sum().backward()
+    assert features.grad[:, 0, 0].tolist() == ([10.0], [12.0, 14.0, 16.0])[rank]
+
+    torch.manual_seed(rank)
+    drawn = draw_hard_negatives(torch.zeros(4, 4), torch.arange(4))
+    own = rows.own_share(drawn)
+    torch.manual_seed(0)  # what process 0 drew holds for all
+    assert torch.equal(
+        own.text_of_video, draw_hard_negatives(torch.zeros(4, 4), torch.arange(4)).text_of_video[rows.own]
+    )
+
+
+def test_rows_of_unequal_processes_are_joined_and_their_gradients_come_back():
+    debug_launcher(gather_in_one_of_two_processes, num_processes=2)

@@ -101,6 +101,7 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], source: 
         ValueError: Where tensors are missing, left over, of another shape, or differ though the model shares them.
     """
     expected, shared = model.state_dict(), own_names(model)
+    weights = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in weights.items()}
     given = {shared[name] for name in weights.keys() & shared.keys()}
     fitting = [name for name in weights if name in expected and weights[name].shape == expected[name].shape]
     problems = {

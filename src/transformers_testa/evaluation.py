@@ -25,7 +25,7 @@ from transformers_testa.data.datasets import (
 from transformers_testa.metrics import VideoQAAccuracy
 from transformers_testa.processing_testa import TestaProcessor
 from transformers_testa.retrieval import RetrievalDetails, evaluate_retrieval, inference
-from transformers_testa.training import Progress, create_loader, video_dataset
+from transformers_testa.training import Progress, create_loader, video_dataset, whole_model
 
 
 class Evaluator:
@@ -51,18 +51,24 @@ class Evaluator:
         data_args: DataArguments,
         args: TrainingArguments,
     ):
-        self.accelerator, self.model, self.processor = accelerator, model, processor
+        self.accelerator, self.trained_model, self.processor = accelerator, model, processor
+        self.model = model
         self.tables, self.data_args, self.args = tables, data_args, args
         self.loaders = {split: self.loaders_of(table) for split, table in tables.items()}
 
     def __call__(self, progress: Progress, moment: str) -> dict[str, float]:
         """Evaluate on all splits, or in the middle of training on the first, and return the first one's metrics."""
+        self.gather_model()
         splits = list(self.tables)
         for split in splits[:1] if moment.startswith("step") else splits:
             with self.accelerator.autocast():
                 metrics = self.metrics_of(split, progress)
             progress.results.setdefault(split, {})[moment] = metrics
         return progress.results[splits[0]][moment]
+
+    def gather_model(self):
+        """Let `model` be whole, with the weights of now. All processes have to call this together."""
+        self.model = whole_model(self.trained_model)
 
     def loaders_of(self, table: Dataset) -> tuple[DataLoader, ...]:
         """Return the loaders that the metrics of a split are computed from."""
@@ -209,7 +215,7 @@ class QuestionEvaluator(Evaluator):
     def generate(self, **batch: torch.Tensor) -> list[str]:
         """Answer in free text."""
         ids = self.model.generate(**batch, **self.generation)
-        return self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return self.processor.tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)  # without [DEC]
 
     def choose(self, **batch: torch.Tensor) -> list[int]:
         """Answer with the number of a choice."""

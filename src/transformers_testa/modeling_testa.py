@@ -1050,7 +1050,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
         self.testa = TestaModel(config)
         self.video_projection = nn.Linear(config.video_config.hidden_size, config.projection_dim)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
-        self.temperature = nn.Parameter(torch.tensor(config.temperature_init))
+        self.temperature = nn.Parameter(torch.tensor([config.temperature_init]))  # a vector, as FSDP shards no scalar
         self.matching_head = nn.Linear(config.text_config.hidden_size, 2)
 
     @property

@@ -31,7 +31,7 @@ def markdown_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def retrieval_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Return a Markdown table: recalls and twins told apart in percent, with and without re-ranking."""
+    """Return a Markdown table: recalls and twins told apart in percent, with and without re-ranking; empty without any."""
     columns = (
         "split, moment",
         "ranked by",
@@ -53,7 +53,7 @@ def retrieval_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
                 twins = metrics.get(f"{prefix}distractor_accuracy")
                 twins = "–" if twins is None else f"{twins:.1f}"
                 rows.append([f"{split}, {moment}", ranked_by, *recalls, twins, f"{metrics['seconds_per_video']:.3f}"])
-    return markdown_table(columns, rows)
+    return markdown_table(columns, rows) if rows else ""
 
 
 def report_results(folder: str | Path, table: str, definition: dict[str, Any], progress: Progress):
@@ -83,7 +83,7 @@ def figures_for_hub(
             metric_value=round(value, 2),
         )
         for split, moments in results.items()
-        for name, value in moments[moment].items()
+        for name, value in moments.get(moment, {}).items()  # a run that goes on may evaluate fewer splits
         if name.removeprefix("reranked_").startswith(metrics)
     ]
 

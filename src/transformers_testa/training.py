@@ -15,8 +15,9 @@ import datasets
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, get_scheduler
@@ -68,6 +69,12 @@ def build_model(
     if model_args.model_name_or_path:
         model = _load_model(model_class, source, config, stored_frames)
     elif model_args.init_from_blip:
+        if model_class.__name__ not in BLIP_ARCHITECTURES:
+            raise ValueError(
+                f"init_from_blip makes no {model_class.__name__}; convert the checkpoint (python -m "
+                "transformers_testa.conversion ... --from blip --architecture retrieval) and pass the folder as "
+                "model_name_or_path."
+            )
         model = from_blip(model_args.init_from_blip, BLIP_ARCHITECTURES[model_class.__name__], config)
     else:
         model = model_class(config)
@@ -229,12 +236,12 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
     """Return an accelerator for [`train`]: a batch is split over the processes, and accumulation crosses epochs.
 
     Raises:
-        ValueError: The tracker in `report_to` isn't installed.
+        ValueError: The tracker in `report_to` isn't installed, or Accelerate's configuration asks for what can't work.
     """
     trackers = [str(tracker) for tracker in get_available_trackers()]
     if args.report_to not in ("none", *trackers):
         raise ValueError(f"report_to is {args.report_to!r}; installed are {', '.join(trackers) or 'no trackers'}.")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
@@ -245,6 +252,30 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         # All processes change the queues of MomentumTraining alike.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        for name, value, needed in (
+            ("fsdp_version", plugin.fsdp_version, 2),
+            ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, False),
+        ):
+            if value != needed:
+                raise ValueError(f"{name} is {value} in Accelerate's configuration; {needed} is needed.")
+    return accelerator
+
+
+def whole_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model itself or, where FSDP has split its weights over the processes, a copy with all of them.
+
+    All processes have to call this together.
+    """
+    weights = model.state_dict()
+    if not any(isinstance(weight, DTensor) for weight in weights.values()):
+        return model
+    whole = type(model)(model.config).to(model.device)
+    whole.load_state_dict(
+        {name: weight.full_tensor() if isinstance(weight, DTensor) else weight for name, weight in weights.items()}
+    )
+    return whole.eval()
 
 
 def create_optimizer(model: nn.Module, args: TrainingArguments, fused: bool = True) -> torch.optim.AdamW:
@@ -530,7 +561,7 @@ def train(
             break
     bar.close()
     if progress.best_step not in (None, progress.step):
-        logger.info(f"Taking the weights of step {progress.best_step}, whose {best_by} is {progress.best_value:.2f}.")
+        logger.info(f"Taking the weights of step {progress.best_step}, best by validation: {progress.best_value:.2f}.")
         accelerator.load_state(str(checkpoints.folder(progress.best_step)))
     return progress
 

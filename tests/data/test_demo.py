@@ -78,6 +78,17 @@ def test_clips_are_whole_scenes_with_their_own_sentences(demo):
             assert row["end"] <= video.streams.video[0].frames / SMALL["fps"]
 
 
+def test_clips_have_questions_of_their_own(demo):
+    clips = {row["video_id"]: row for row in load_annotations(demo / "train_clips.jsonl")}
+    questions = load_annotations(demo / "train_clips_qa.jsonl", task="question")
+    assert set(questions["video_id"]) <= clips.keys() and len(questions) > len(clips)
+    for row in questions:
+        clip = clips[row["video_id"]]
+        assert (row["video"], row["start"], row["end"]) == (clip["video"], clip["start"], clip["end"])
+        if row["question"].startswith("what color is the "):
+            assert row["answers"][0] in clip["text"]
+
+
 def test_twins_stand_side_by_side_and_last_as_long(demo):
     rows = read_lines(demo / "test.jsonl")
     lengths = {}

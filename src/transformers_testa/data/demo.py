@@ -81,7 +81,7 @@ def make_demo(arguments: DemoArguments) -> int:
 
     - `{train,validation,test}.jsonl`: `video`, `video_id`, `text`, `distractor`;
     - `train_clips.jsonl`: `video`, `video_id` (of the clip), `start`, `end` (seconds), `text`;
-    - `{train,validation,test}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`, `answers`, `answer_weights`,
+    - `{train,validation,test,train_clips}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`, `answers`, `answer_weights`,
       `question_type`;
     - `videos/*.mp4`, and `demo.json` with the arguments.
 
@@ -110,7 +110,9 @@ def make_demo(arguments: DemoArguments) -> int:
         rows, questions = _annotate(stories[split], arguments.seed)
         _write_lines(output_dir / f"{split}.jsonl", rows)
         _write_lines(output_dir / f"{split}_qa.jsonl", questions)
-    _write_lines(output_dir / "train_clips.jsonl", _cut_clips(stories["train"], arguments))
+    rows, questions = _cut_clips(stories["train"], arguments)
+    _write_lines(output_dir / "train_clips.jsonl", rows)
+    _write_lines(output_dir / "train_clips_qa.jsonl", questions)
     return len(missing)
 
 
@@ -202,38 +204,43 @@ def _annotate(stories: dict[str, Story], seed: int) -> tuple[list[dict], list[di
         rng = random.Random(f"tell {seed} {video_id}")
         video = {"video": _video_file(video_id), "video_id": video_id}
         rows.append({**video, "text": tell(story, rng), "distractor": video_ids[index ^ 1]})
-        for number, question in enumerate(ask(story, rng)):
-            questions.append(
-                {
-                    **video,
-                    "question_id": f"{video_id}-{number}",
-                    "question": question.question,
-                    "answers": [question.answer],
-                    "answer_weights": [1.0],
-                    "question_type": question.question_type,
-                }
-            )
+        questions += _questions(video, story, rng)
     return rows, questions
 
 
-def _cut_clips(stories: dict[str, Story], arguments: DemoArguments) -> list[dict]:
-    """Rows of clips: some scenes in a row, from the time when the first begins to when the last ends."""
-    rows = []
+def _questions(video: dict, story: Story, rng: random.Random) -> list[dict]:
+    """The rows of the questions about a story, or a part of one, that `video` names."""
+    return [
+        {
+            **video,
+            "question_id": f"{video['video_id']}-{number}",
+            "question": question.question,
+            "answers": [question.answer],
+            "answer_weights": [1.0],
+            "question_type": question.question_type,
+        }
+        for number, question in enumerate(ask(story, rng))
+    ]
+
+
+def _cut_clips(stories: dict[str, Story], arguments: DemoArguments) -> tuple[list[dict], list[dict]]:
+    """The rows of clips and their questions: scenes in a row, from when the first begins to when the last ends."""
+    rows, questions = [], []
     for video_id, story in stories.items():
         rng = random.Random(f"clips {arguments.seed} {video_id}")
         frames = [count_frames(scene, arguments.fps) for scene in story.scenes]
         for number, num_scenes in enumerate(SCENES_PER_CLIP):
             first = rng.randint(0, len(story.scenes) - num_scenes)
-            rows.append(
-                {
-                    "video": _video_file(video_id),
-                    "video_id": f"{video_id}-clip{number}",
-                    "start": sum(frames[:first]) / arguments.fps,
-                    "end": sum(frames[: first + num_scenes]) / arguments.fps,
-                    "text": tell(Story(story.scenes[first : first + num_scenes]), rng),
-                }
-            )
-    return rows
+            clip = Story(story.scenes[first : first + num_scenes])
+            video = {
+                "video": _video_file(video_id),
+                "video_id": f"{video_id}-clip{number}",
+                "start": sum(frames[:first]) / arguments.fps,
+                "end": sum(frames[: first + num_scenes]) / arguments.fps,
+            }
+            rows.append({**video, "text": tell(clip, rng)})
+            questions += _questions(video, clip, random.Random(f"ask {arguments.seed} {video['video_id']}"))
+    return rows, questions
 
 
 def _write_lines(file: Path, rows: list[dict]) -> None:
