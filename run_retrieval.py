@@ -140,11 +140,7 @@ def report(evaluator: RetrievalEvaluator, progress: Progress, moment: str, argum
     for split, details in list(evaluator.details.items())[-1:]:
         show_examples(details, evaluator.tables[split], retrieval_args.num_example_queries)
     if "condensedmovies" in (data_args.dataset_name or ()) and "test" in evaluator.details:
-        details = evaluator.details["test"]
-        columns = {video_id: column for column, video_id in enumerate(details.video_ids)}
-        in_file = [columns[video_id] for video_id in evaluator.tables["test"]["video_id"] if video_id in columns]
-        similarities = details.similarities[:, list(dict.fromkeys(in_file))].numpy()
-        write_similarity_matrix(Path(args.output_dir, "similarities_test.zip"), similarities)
+        write_challenge_file(evaluator, Path(args.output_dir, "similarities_test.zip"))
     if args.do_train:
         publish(
             *(args.output_dir, evaluator.model, evaluator.processor),
@@ -152,6 +148,16 @@ def report(evaluator: RetrievalEvaluator, progress: Progress, moment: str, argum
             "video-retrieval",
             figures_for_hub(progress.results, moment, definition["data"], TASK_TYPE, *SHOWN_METRICS),
         )
+
+
+def write_challenge_file(evaluator: RetrievalEvaluator, file: Path):
+    """Write the similarities of the test split as the Condensed Movies challenge takes them, in the order of its file."""
+    details, wanted = evaluator.details["test"], list(dict.fromkeys(evaluator.tables["test"]["video_id"]))
+    columns = {video_id: column for column, video_id in enumerate(details.video_ids)}
+    if missing := [video_id for video_id in wanted if video_id not in columns]:
+        print(f"{file} is not written: {len(missing)} videos of the challenge are not there, {missing[0]} for one.")
+        return
+    write_similarity_matrix(file, details.similarities[:, [columns[video_id] for video_id in wanted]].numpy())
 
 
 def show_examples(details: RetrievalDetails, table: Dataset, num_queries: int):

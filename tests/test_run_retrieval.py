@@ -3,19 +3,22 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import ModelCard
-from retrieval_world import tiny_config, tiny_processor, write_stories
+from retrieval_world import read_rows, tiny_config, tiny_processor, write_stories
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
@@ -184,6 +187,78 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a `bert` model; a `testa` model is needed"):
         run("--model_name_or_path", tmp_path, "--gallery_dir", tmp_path, "--query", "red")
+
+
+def test_the_best_step_by_validation_is_taken(trained):
+    folder, _ = trained
+    progress = json.loads((folder / "checkpoint-8" / "progress.json").read_text())
+    by_step = {
+        int(moment.split()[1]): metrics["reranked_text_to_video_mean_recall"]
+        for moment, metrics in progress["results"]["validation"].items()
+        if moment.startswith("step")
+    }
+    assert list(by_step) == [4, 8]
+    assert progress["best_value"] == max(by_step.values()) == by_step[progress["best_step"]]
+    best = load_file(folder / f"checkpoint-{progress['best_step']}" / "model.safetensors")
+    saved = load_file(folder / "model.safetensors")
+    assert saved.keys() == best.keys() and all(saved[name].equal(best[name]) for name in best)
+
+
+def test_a_run_that_stops_evaluating_is_reported_as_far_as_it_did(world, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "copy")
+    printed = run(world / "recipe.yaml", "--output_dir", tmp_path / "copy", "--do_eval", "no")
+    assert "| validation, before training | " in printed and "| validation, after training | " not in printed
+    figures = ModelCard.load(tmp_path / "copy" / "README.md").data.eval_results
+    assert {figure.dataset_split for figure in figures} == {"test"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (("--num_frames", 4), "`num_frames` is None there and 4 here"),
+        (("--merged_patches_per_layer", 0), "`merged_patches_per_layer` is None there and 0 here"),
+        (("--train_frame_sampling", "random"), "`train_frame_sampling` is 'jitter' there and 'random' here"),
+        (("--max_words", 8), "`max_words` is 16 there and 8 here"),
+        (("--momentum", 0.9), "`momentum` is None there and 0.9 here"),
+    ],
+)
+def test_what_would_change_the_weights_does_not_go_on_from_a_checkpoint(world, trained, setting, message):
+    with pytest.raises(ValueError, match=f"checkpoint-8 was made by another run: {message}"):
+        run(world / "recipe.yaml", "--output_dir", trained[0], *setting)
+
+
+def test_a_run_with_a_teacher_and_a_queue_saves_the_model_alone(world, trained, tmp_path):
+    teacher = ("--momentum", 0.9, "--queue_size", 6, "--max_train_steps", 2)
+    printed = run(world / "recipe.yaml", "--output_dir", tmp_path, *teacher)
+    assert "| test, after training | re-ranked | " in printed
+    assert "momentum: 0.9" in ModelCard.load(tmp_path / "README.md").text
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == load_file(trained[0] / "model.safetensors").keys()
+    checkpoint = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert checkpoint["step"] == 2 and (checkpoint["queue.pair_ids"] >= 0).all()
+    teacher = checkpoint["teacher.video_projection.weight"]
+    assert not teacher.equal(checkpoint["model.video_projection.weight"])
+
+
+def test_a_queue_shorter_than_the_batch_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="queue_size is 3; at least a batch over all processes is needed: 4"):
+        run(world / "recipe.yaml", "--output_dir", tmp_path, "--momentum", 0.9, "--queue_size", 3)
+
+
+def test_condensed_movies_leaves_the_matrix_of_the_challenge_in_the_order_of_its_file(world, trained, tmp_path):
+    rows = read_rows(world / "test.jsonl")
+    for row in rows:
+        (tmp_path / row["video_id"]).with_suffix(".mkv").symlink_to(world / row["video"])
+    matrices = []
+    for order in (rows, rows[::-1]):
+        lines = [f'{row["video_id"]},"{row["text"]}",test\n' for row in order]
+        (tmp_path / "test_challf0.csv").write_text("videoid,caption,split\n" + "".join(lines))
+        arguments = ("--dataset_name", "condensedmovies", "--data_dir", tmp_path, "--do_predict", "--rerank_k", 0)
+        run("--model_name_or_path", trained[0], *arguments, "--output_dir", tmp_path / "out")
+        with zipfile.ZipFile(tmp_path / "out/similarities_test.zip") as archive:
+            matrices.append(np.load(io.BytesIO(archive.read("sim_matrix_test.npy"))))
+    assert matrices[0].shape == (6, 6) and np.ptp(matrices[0]) > 0
+    np.testing.assert_allclose(matrices[1][::-1, ::-1], matrices[0], atol=1e-6)
 
 
 def test_videos_that_cannot_be_decoded_are_counted_in_the_results(world, trained, tmp_path):

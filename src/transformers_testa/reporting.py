@@ -118,7 +118,7 @@ def describe_run(
         "GFLOPs per video": round(count_video_gflops(config, videos.num_frames), 2),
         "computed on": f"{device_name}, {accelerator.num_processes} processes, mixed precision {args.mixed_precision}",
         "seconds per video": "encoding alone, frames cached" if data_args.cache_frames else "decoding and encoding",
-        "training": f"{progress.step} steps of {batch} pairs, seed {args.seed}"
+        "training": f"{progress.step} steps of {batch} samples, seed {args.seed}"
         if progress.step
         else "none in this run",
     }

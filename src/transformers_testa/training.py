@@ -184,7 +184,7 @@ def training_set(
 ) -> tuple[VideoTextDataset, EpochBatchSampler]:
     """Return the training split of all sources as one data set, and the order in which it is gone through."""
     sources = load_split(data_args, "train", task)
-    table = datasets.concatenate_datasets(sources)
+    table = join_sources(sources)
     dataset = video_dataset(table, processor.video_processor, data_args, args, accelerator, training=True)
     sampler = EpochBatchSampler(
         len(table),
@@ -202,7 +202,17 @@ def evaluation_tables(
 ) -> dict[str, datasets.Dataset]:
     """Return the annotation table of each split that is to be evaluated."""
     splits = [split for split, asked in (("validation", args.do_eval), ("test", args.do_predict)) if asked]
-    return {split: datasets.concatenate_datasets(load_split(data_args, split, task)) for split in splits}
+    return {split: join_sources(load_split(data_args, split, task)) for split in splits}
+
+
+def join_sources(tables: list[datasets.Dataset]) -> datasets.Dataset:
+    """Join the tables of several sources. Raises ValueError where questions have different numbers of choices."""
+    numbers = {len(table[0]["choices"]) for table in tables if "choices" in table.column_names}
+    if len(numbers) > 1:
+        raise ValueError(
+            f"The files of a split have {' and '.join(map(str, sorted(numbers)))} choices a question; one number is needed."
+        )
+    return datasets.concatenate_datasets(tables)
 
 
 def create_objective(
@@ -481,7 +491,7 @@ def train(
         evaluate: From progress and the name of the moment ("before training", "step 100") to metrics of the validation
             split, which it also writes into the progress. None for a run without.
         best_by: The metric, higher being better, by which the best step is found; its weights are the model's at the
-            end. None keeps the last.
+            end. None looks for none: the last ones stay, unless the run was evaluated before.
         smallest_batch: Samples that a batch needs in every process; one with fewer videos that can be decoded is left out.
 
     Returns:
