@@ -89,8 +89,14 @@ def _best_partner(similarity: Tensor, vote: bool) -> tuple[Tensor, Tensor]:
 
 
 def _is_among_largest(values: Tensor, count: int) -> Tensor:
-    rank = values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return rank < count
+    """Mark the `count` largest of `[..., N]`, the first of equal ones; NaN is larger than any number."""
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    values = values.nan_to_num(nan=torch.inf)
+    smallest = values.topk(count, dim=-1).values[..., -1:]
+    is_larger, is_equal = values > smallest, values == smallest
+    num_equal = count - is_larger.sum(dim=-1, keepdim=True)
+    return is_larger | (is_equal & (is_equal.cumsum(dim=-1) <= num_equal))
 
 
 def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -132,10 +138,13 @@ def _sum_slots(values: Tensor, assignment: Tensor, num_slots: int) -> Tensor:
     features = values.shape[assignment.ndim :]
     values = values.reshape(*assignment.shape, -1)
     # The first token of each slot is gathered and the others are added by one small product: unlike a scatter, the
-    # order of summation is fixed on every device.
-    slots, order = assignment.sort(dim=-1, stable=True)
+    # order of summation is fixed on every device. Sorted are numbers that differ: ONNX has no stable sort.
+    num_tokens = assignment.shape[-1]
+    place = torch.arange(num_tokens, device=values.device)
+    order = (assignment * num_tokens + place).argsort(dim=-1)
+    slots = assignment.gather(-1, order)
     is_first = slots != F.pad(slots[..., :-1], (1, 0), value=-1)
-    order = order.gather(-1, is_first.int().argsort(dim=-1, descending=True, stable=True))
+    order = order.gather(-1, torch.where(is_first, place, num_tokens + place).argsort(dim=-1))
     first, others = order[..., :num_slots], order[..., num_slots:]
     joins = assignment.gather(-1, others)[..., None, :] == torch.arange(num_slots, device=values.device)[:, None]
     sums = _take(values, first) + joins.to(values.dtype) @ _take(values, others)

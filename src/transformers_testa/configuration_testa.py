@@ -18,6 +18,16 @@ class _TestaBaseConfig(PreTrainedConfig):
         # Called here as well as by @strict, which would wrap the error into one that is no ValueError.
         self.validate_architecture()
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            # The base class would go on with the default of every field.
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no config.json. Give a folder that `save_pretrained` of a model wrote."
+            )
+        return config_dict, kwargs
+
     def _require(self, condition: bool, field: str, allowed: str):
         if not condition:
             raise ValueError(f"{type(self).__name__}.{field} is {getattr(self, field)!r}; {allowed}.")
@@ -242,6 +252,11 @@ class TestaConfig(_TestaBaseConfig):
 
     model_type = "testa"
     sub_configs_defaults = {"video_config": TestaVideoConfig, "text_config": TestaTextConfig}
+    # What a Trainer leaves out of the predictions that it gathers: whatever is nested or belongs to a batch.
+    keys_to_ignore_at_inference = [
+        *("loss_vtc", "loss_vtm", "loss_caption", "logits_per_video", "logits_per_text"),
+        *("video_model_output", "text_model_output", "question_hidden_states"),
+    ]
 
     video_config: dict | TestaVideoConfig | None = None
     text_config: dict | TestaTextConfig | None = None
