@@ -63,6 +63,10 @@ class QuestionArguments:
     task: Literal["question", "choice"] = field(
         default="question", metadata={"help": "question: open-ended; choice: multiple choice."}
     )
+    questions_per_video: int | None = field(
+        default=None,
+        metadata={"help": "In training, so many questions of a video share its frames; else each has its own."},
+    )
     answer_mode: Literal["rank", "generate"] = field(
         default="rank", metadata={"help": "rank: choose among the candidate answers of the split; or generate."}
     )
@@ -79,9 +83,11 @@ class QuestionArguments:
     def __post_init__(self):
         if self.max_question_tokens is None:
             self.max_question_tokens = 50 if self.task == "choice" else 35
-        for name in ("rank_k", "num_beams", "max_new_tokens", "max_question_tokens", "max_answer_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed.")
+        numbers = ("rank_k", "num_beams", "max_new_tokens", "max_question_tokens", "max_answer_tokens")
+        for name in (*numbers, "questions_per_video"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; at least 1 is needed.")
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, QuestionArguments, TrainingArguments)
@@ -111,7 +117,9 @@ def main(command_line: list[str]):
 
     progress, moment = Progress(), "as loaded"
     if args.do_train:
-        dataset, sampler = training_set(processor, data_args, args, accelerator, question_args.task)
+        dataset, sampler = training_set(
+            processor, data_args, args, accelerator, question_args.task, question_args.questions_per_video
+        )
         if not is_choice:
             check_answers(dataset.table, processor.tokenizer, question_args.max_answer_tokens)
         collate = collate_choice_samples if is_choice else collate_question_samples

@@ -95,6 +95,20 @@ def test_answers_count_by_their_weights_and_belong_to_their_questions():
     torch.testing.assert_close(loss, one_by_one / 2)
 
 
+def test_questions_that_share_a_video_are_answered_as_each_with_its_own(answering):
+    videos, question = example_videos(2), example_questions(6)
+    ids, mask = example_texts(6, length=5)
+    texts = {name: question[name] for name in ("input_ids", "attention_mask")}
+    answers = {"answer_input_ids": ids, "answer_attention_mask": mask}
+    shared = answering(videos, **texts, **answers)
+    apart = answering(videos.repeat_interleave(3, 0), **texts, **answers)
+    torch.testing.assert_close(shared.loss, apart.loss)
+    assert torch.equal(
+        answering.rank_answers(videos, **texts, **answers),
+        answering.rank_answers(videos.repeat_interleave(3, 0), **texts, **answers),
+    )
+
+
 def test_labels_hide_a_prompt_from_the_caption_loss():
     model = trained(TestaForCaptioning(tiny_config()))
     ids, _ = example_texts(2)

@@ -1379,7 +1379,7 @@ class TestaForVideoQA(TestaPreTrainedModel):
         """Read questions, and learn their answers where these are given.
 
         Args:
-            pixel_values_videos: `[B, T, C, H, W]`.
+            pixel_values_videos: `[V, T, C, H, W]`; B is a multiple of V, and each video serves B / V questions in a row.
             input_ids: `[B, N]`, questions as the tokenizer gives them.
             attention_mask: `[B, N]`.
             answer_input_ids: `[A, L]`, the answers to the first question, then those to the second, ...
@@ -1553,7 +1553,7 @@ class TestaForMultipleChoiceVideoQA(TestaPreTrainedModel):
         """Judge each choice.
 
         Args:
-            pixel_values_videos: `[B, T, C, H, W]`.
+            pixel_values_videos: `[V, T, C, H, W]`; B is a multiple of V, and each video serves B / V questions in a row.
             input_ids: `[B, choices, N]`, "question? choice" as the tokenizer gives it.
             attention_mask: `[B, choices, N]`.
             labels: `[B]`, index of the right choice.

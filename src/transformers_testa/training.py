@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers_testa.conversion import from_blip
 from transformers_testa.data.annotations import Task, load_annotations
 from transformers_testa.data.augmentation import VideoAugmentation
 from transformers_testa.data.benchmarks import BENCHMARKS, load_benchmark, load_hub_dataset
-from transformers_testa.data.datasets import BrokenVideos, VideoTextDataset, cache_frames
+from transformers_testa.data.datasets import BrokenVideos, VideoQuestionsDataset, VideoTextDataset, cache_frames
 from transformers_testa.data.sampling import EpochBatchSampler, distractor_rows
 from transformers_testa.modeling_testa import resize_time
 from transformers_testa.momentum import MomentumTraining
@@ -157,8 +158,15 @@ def video_dataset(
     args: TrainingArguments,
     accelerator: Accelerator,
     training: bool = False,
+    questions_per_video: int | None = None,
 ) -> VideoTextDataset:
-    """Return the data set of a table, its frames cached if asked for; in training with sampling and augmentation."""
+    """Return the data set of a table, its frames cached if asked for; in training with sampling and augmentation.
+
+    With `questions_per_video` it is one of videos with so many of their questions each.
+    """
+    make_dataset = VideoTextDataset
+    if questions_per_video:
+        make_dataset = partial(VideoQuestionsDataset, questions_per_video=questions_per_video)
     video_processor = deepcopy(video_processor)
     augmentation = None
     if training:
@@ -169,10 +177,10 @@ def video_dataset(
             larger = data_args.crop_from or size
             video_processor.size = type(video_processor.size)(height=larger, width=larger)
     if not data_args.cache_frames:
-        return VideoTextDataset(table, video_processor, augmentation=augmentation)
+        return make_dataset(table, video_processor, augmentation=augmentation)
     with accelerator.main_process_first():
         frames = cache_frames(table, video_processor, num_proc=args.num_workers or None)
-    return VideoTextDataset(table, video_processor, frames, augmentation)
+    return make_dataset(table, video_processor, frames, augmentation)
 
 
 def training_set(
@@ -181,17 +189,22 @@ def training_set(
     args: TrainingArguments,
     accelerator: Accelerator,
     task: Task = "text",
+    questions_per_video: int | None = None,
 ) -> tuple[VideoTextDataset, EpochBatchSampler]:
     """Return the training split of all sources as one data set, and the order in which it is gone through."""
     sources = load_split(data_args, "train", task)
     table = join_sources(sources)
-    dataset = video_dataset(table, processor.video_processor, data_args, args, accelerator, training=True)
+    dataset = video_dataset(
+        *(table, processor.video_processor, data_args, args, accelerator),
+        training=True,
+        questions_per_video=questions_per_video,
+    )
     sampler = EpochBatchSampler(
-        len(table),
+        len(dataset),
         args.per_device_train_batch_size * accelerator.num_processes,
         args.seed,
         hard_negatives=distractor_rows(table) if data_args.group_distractors else None,
-        source_sizes=[len(source) for source in sources],
+        source_sizes=[len(set(source["video_id"])) if questions_per_video else len(source) for source in sources],
         source_weights=data_args.train_weights,
     )
     return dataset, sampler

@@ -15,6 +15,7 @@ from transformers_testa.data.annotations import build_table
 from transformers_testa.data.augmentation import VideoAugmentation
 from transformers_testa.data.datasets import (
     BrokenVideos,
+    VideoQuestionsDataset,
     VideoTextDataset,
     cache_frames,
     check_answers,
@@ -186,6 +187,21 @@ def test_evaluation_sees_each_video_once_and_every_text(table, processor):
     texts = collate_texts([{**row, "index": number} for number, row in enumerate(table)], processor, 8)
     assert texts["video_id"] == ["a", "b", "a"] and texts["distractor"] == ["b", "a", "b"]
     assert texts["index"] == [0, 1, 2] and len(texts["input_ids"]) == 3
+
+
+def test_videos_bring_several_of_their_own_questions(questions, processor):
+    """Questions 0 and 2 are about one video, question 1 about another."""
+    dataset = VideoQuestionsDataset(questions, processor.video_processor, questions_per_video=3)
+    of_video = [set(questions.select(rows)["question_id"]) for rows in dataset.rows_of_video]
+    assert len(dataset) == len(set(questions["video_id"])) == 2
+    for number in range(2):
+        drawn = [row["question_id"] for row in dataset[number, 5]["questions"]]
+        assert len(drawn) == 3 and set(drawn) == of_video[number]
+        assert drawn == [row["question_id"] for row in dataset[number, 5]["questions"]]
+    batch = collate_question_samples([dataset[0, 5], dataset[1, 6]], processor, max_question_tokens=4)
+    assert (
+        len(batch["pixel_values_videos"]) == 2 and len(batch["input_ids"]) == len(batch["answers_per_question"]) == 6
+    )
 
 
 def test_a_question_batch_holds_all_answers_of_its_questions_in_order(questions, processor):

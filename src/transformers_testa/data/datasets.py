@@ -83,6 +83,36 @@ class VideoTextDataset(torch.utils.data.Dataset):
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class VideoQuestionsDataset(VideoTextDataset):
+    """Videos with several of their questions each, so that a video is encoded once for all of them.
+
+    An item is that of the first row of a video in [`VideoTextDataset`], plus `questions`: a list of
+    `questions_per_video` rows of that video, drawn with the item's seed; again from the first where a video has fewer.
+
+    Args:
+        table: What [`load_annotations`] returns for questions or choices.
+        questions_per_video: Rows of each item.
+        kwargs: The other arguments of [`VideoTextDataset`].
+    """
+
+    def __init__(self, table: datasets.Dataset, *args, questions_per_video: int = 1, **kwargs):
+        super().__init__(table, *args, **kwargs)
+        self.questions_per_video = questions_per_video
+        self.rows_of_video = [[] for _ in self.pair_ids]
+        for row, video_id in enumerate(table["video_id"]):
+            self.rows_of_video[self.pair_ids[video_id]].append(row)
+
+    def __len__(self) -> int:
+        return len(self.rows_of_video)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        """Return a video; `key` is its number, or its number and the seed of its questions, frames and augmentation."""
+        number, seed = key if isinstance(key, tuple) else (key, None)
+        rows = np.random.default_rng(seed).permutation(self.rows_of_video[number])
+        questions = [self.table[int(row)] for row in np.resize(rows, self.questions_per_video)]
+        return {**super().__getitem__((self.rows_of_video[number][0], seed)), "questions": questions}
+
+
 def _decode(row: dict, video_processor: TestaVideoProcessor, seed: int | None = None) -> dict:
     try:
         if row["video"].lower().endswith(IMAGE_SUFFIXES):
@@ -232,23 +262,25 @@ def collate_question_samples(samples: list[dict], processor: TestaProcessor, max
     """Make a training batch of questions and their answers, as [`collate_training_samples`] does of texts.
 
     Args:
-        samples: Items of a [`VideoTextDataset`] of questions.
+        samples: Items of a [`VideoTextDataset`] of questions, or of a [`VideoQuestionsDataset`].
         processor: Tokenizes the texts and normalises the frames.
         max_question_tokens: Tokens kept of each question. Answers are kept whole, see [`check_answers`].
 
     Returns:
-        `pixel_values_videos`, `input_ids` and `attention_mask` (int64 `[B, N]`, the questions), `answer_input_ids` and
-        `answer_attention_mask` (int64 `[A, M]`, the answers of the first question, the second, ...), `answer_weights`
-        (float32 `[A]`), `answers_per_question` (int64 `[B]`) and `broken_videos`.
+        `pixel_values_videos`, `input_ids` and `attention_mask` (int64 `[Q, N]`, the questions: those of the first
+        video, of the second, ...), `answer_input_ids` and `answer_attention_mask` (int64 `[A, M]`, the answers of the
+        first question, the second, ...), `answer_weights` (float32 `[A]`), `answers_per_question` (int64 `[Q]`) and
+        `broken_videos`.
     """
     decoded, batch = _collate_frames(samples, processor)
     if decoded:
-        batch |= _tokenize([sample["question"] for sample in decoded], processor, max_question_tokens)
-        answers = _tokenize([answer for sample in decoded for answer in sample["answers"]], processor)
+        rows = _questions(decoded)
+        batch |= _tokenize([row["question"] for row in rows], processor, max_question_tokens)
+        answers = _tokenize([answer for row in rows for answer in row["answers"]], processor)
         batch |= {f"answer_{name}": value for name, value in answers.items()}
-        weights = [weight for sample in decoded for weight in sample["answer_weights"]]
+        weights = [weight for row in rows for weight in row["answer_weights"]]
         batch["answer_weights"] = torch.tensor(weights, dtype=torch.float32)
-        batch["answers_per_question"] = torch.tensor([len(sample["answers"]) for sample in decoded])
+        batch["answers_per_question"] = torch.tensor([len(row["answers"]) for row in rows])
     return batch
 
 
@@ -256,18 +288,19 @@ def collate_choice_samples(samples: list[dict], processor: TestaProcessor, max_q
     """Make a training batch of multiple-choice questions, as [`collate_training_samples`] does of texts.
 
     Args:
-        samples: Items of a [`VideoTextDataset`] of choices, as many in each row.
+        samples: Items of a [`VideoTextDataset`] of choices, as many in each row, or of a [`VideoQuestionsDataset`].
         processor: Tokenizes the texts and normalises the frames.
         max_question_tokens: Tokens kept of each text "question? choice".
 
     Returns:
-        `pixel_values_videos`, `input_ids` and `attention_mask` (int64 `[B, choices, N]`), `labels` (int64 `[B]`, the
+        `pixel_values_videos`, `input_ids` and `attention_mask` (int64 `[Q, choices, N]`), `labels` (int64 `[Q]`, the
         number of the right choice) and `broken_videos`.
     """
     decoded, batch = _collate_frames(samples, processor)
     if decoded:
-        batch |= _tokenize_choices(decoded, processor, max_question_tokens)
-        batch["labels"] = torch.tensor([sample["label"] for sample in decoded])
+        rows = _questions(decoded)
+        batch |= _tokenize_choices(rows, processor, max_question_tokens)
+        batch["labels"] = torch.tensor([row["label"] for row in rows])
     return batch
 
 
@@ -324,6 +357,10 @@ def collate_texts(rows: list[dict], processor: TestaProcessor, max_words: int) -
     """
     names = _names(rows, "video_id", "distractor", "index")
     return _tokenize([row["text"] for row in rows], processor, max_words) | names
+
+
+def _questions(samples: list[dict]) -> list[dict]:
+    return [row for sample in samples for row in sample.get("questions", [sample])]
 
 
 def _names(rows: list[dict], *columns: str) -> dict[str, list]:
