@@ -9,6 +9,7 @@ extras = {
     "peft": ["peft>=0.21"],
     "notebooks": ["ipykernel", "matplotlib>=3.10", "nbclient>=0.10"],
     "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
+    "quantization": ["torchao>=0.18"],
     "trackers": ["tensorboard"],
 }
 extras["test"] = [
@@ -21,6 +22,7 @@ extras["test"] = [
     "setuptools",
     *extras["demo"],
     *extras["peft"],
+    *extras["quantization"],
     *extras["faiss"],
     *extras["onnx"],
 ]

@@ -14,6 +14,7 @@ from .modeling_testa import (
     TestaTextModel,
     TestaVideoModel,
 )
+from .pipelines import VideoQuestionAnsweringPipeline, VideoTextRetrievalPipeline
 from .processing_testa import TestaProcessor
 from .video_decoding_testa import VideoDecodingError
 from .video_processing_testa import TestaVideoProcessor
@@ -38,4 +39,6 @@ __all__ = [
     "TestaVideoModel",
     "TestaVideoProcessor",
     "VideoDecodingError",
+    "VideoQuestionAnsweringPipeline",
+    "VideoTextRetrievalPipeline",
 ]

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 
@@ -265,6 +266,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     essential = json.loads(config, object_hook=lambda d: {k: d[k] for k in d.keys() - BOOKKEEPING})
     digest = hashlib.sha256(json.dumps(essential, sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
+        if is_traceable_wrapper_subclass(weight):  # of a quantized model, whose config tells how it is quantized
+            weight = weight.dequantize()
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

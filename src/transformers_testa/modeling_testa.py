@@ -483,6 +483,7 @@ class TestaPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values_videos"
     input_modalities = ("video", "text")
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # losses are means over a batch, which a Trainer averages over accumulated ones
     _no_split_modules = ["TestaVideoEmbeddings", "TestaVideoLayer", "TestaTextEmbeddings", "TestaTextLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
