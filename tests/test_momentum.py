@@ -1,15 +1,15 @@
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
 from hypothesis import given
 from hypothesis import strategies as st
 from original import OriginalCase, case_names
+from test_distributed import launch
 from test_modeling import TOLERANCE, example_texts, example_videos, trained
 from test_modeling_common import tiny_config
 
 from transformers_testa import TestaForRetrieval, conversion
-from transformers_testa.momentum import FeatureQueue, MomentumTeacher, MomentumTraining, ProcessRows
-from transformers_testa.objectives import HardNegatives, draw_hard_negatives
+from transformers_testa.momentum import FeatureQueue, MomentumTeacher, MomentumTraining
+from transformers_testa.objectives import HardNegatives
 
 
 def released_training(case: OriginalCase, architecture: str) -> MomentumTraining:
@@ -173,31 +173,5 @@ def test_settings_out_of_range_are_named():
 # --- Several processes -----------------------------------------------------------------------------------------------
 
 
-def gather_in_one_of_two_processes():
-    """Processes with 1 and 3 samples, and texts of 4 and 2 tokens."""
-    rank = Accelerator(cpu=True).process_index
-    num_rows, length = ((1, 4), (3, 2))[rank]
-    rows = ProcessRows(torch.ones(num_rows, length, dtype=torch.long))
-    assert (rows.own.start, rows.own.stop) == ((0, 1), (1, 4))[rank]
-    texts = rows.gather(torch.full((num_rows, length), rank + 1))
-    assert texts.tolist() == [[1, 1, 1, 1], *[[2, 2, 0, 0]] * 3]
-
-    features = torch.full((num_rows, 2, 2), float(rank), requires_grad=True)
-    gathered = rows.gather(features)
-    assert gathered[:, 0, 0].tolist() == [0, 1, 1, 1]
-    # Each process weighs the rows of both; what a row gets is the sum over the processes.
-    weights = torch.arange(4.0) + 10 * rank
-    (gathered.sum(dim=(1, 2)) * weights).sum().backward()
-    assert features.grad[:, 0, 0].tolist() == ([10.0], [12.0, 14.0, 16.0])[rank]
-
-    torch.manual_seed(rank)
-    drawn = draw_hard_negatives(torch.zeros(4, 4), torch.arange(4))
-    own = rows.own_share(drawn)
-    torch.manual_seed(0)  # what process 0 drew holds for all
-    assert torch.equal(
-        own.text_of_video, draw_hard_negatives(torch.zeros(4, 4), torch.arange(4)).text_of_video[rows.own]
-    )
-
-
 def test_rows_of_unequal_processes_are_joined_and_their_gradients_come_back():
-    debug_launcher(gather_in_one_of_two_processes, num_processes=2)
+    launch(2, "tests/gather_worker.py")

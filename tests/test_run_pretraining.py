@@ -100,7 +100,7 @@ def test_the_model_card_holds_losses_recalls_and_recipe(trained):
     card = ModelCard.load(folder / "README.md")
     assert "pretraining" in card.data.tags and f"--model_name_or_path {folder} --do_train" in card.text
     assert all(line in card.text for line in printed.splitlines() if line.startswith("|"))
-    for fact in ("training: 6 steps of 4 pairs, seed 42", "crop_from: 40", "rand_augment_ops: 1", "momentum: 0.9"):
+    for fact in ("training: 6 steps of 4 samples, seed 42", "crop_from: 40", "rand_augment_ops: 1", "momentum: 0.9"):
         assert fact in card.text
     results = results_of(folder)["results"]["test"]["after training"]
     figures = {(figure.dataset_split, figure.metric_type): figure.metric_value for figure in card.data.eval_results}
@@ -190,7 +190,7 @@ def test_two_benchmarks_are_mixed_in_the_files_of_their_authors(world, tmp_path)
     arguments = (*arguments, "--data_dir", tmp_path / "webvid", tmp_path / "cc3m", "--video_root", world)
     printed = run(*arguments, *STAND_STILL, "--output_dir", tmp_path / "out")
     assert "data: webvid, cc3m" in printed and "text: the first 30 words" in printed
-    assert "videos that could not be decoded: 0" in printed and "training: 1 steps of 4 pairs" in printed
+    assert "videos that could not be decoded: 0" in printed and "training: 1 steps of 4 samples" in printed
 
 
 # --- What it starts from, and what starts from it ----------------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(world, trained, cap
 def test_training_needs_no_evaluation(world, tmp_path):
     off = ("--do_eval", "no", "--do_predict", "no", "--max_train_steps", 2)
     printed = run(world / "recipe.yaml", "--output_dir", tmp_path, *off)
-    assert "training: 2 steps of 8 pairs, seed 42" in printed and (tmp_path / "model.safetensors").exists()
+    assert "training: 2 steps of 8 samples, seed 42" in printed and (tmp_path / "model.safetensors").exists()
 
 
 def test_a_finished_run_is_reported_again_without_training(world, trained):

@@ -146,7 +146,7 @@ def test_the_model_card_holds_the_figures_and_what_defines_them(trained):
     for fact in (
         "answers: the likeliest of a split's answers, among the 128 with the likeliest first token",
         "test split: 18 questions, 6 videos",
-        "training: 8 steps of 6 pairs, seed 42",
+        "training: 8 steps of 6 samples, seed 42",
         "max_answer_tokens: 30",
     ):
         assert fact in card.text
@@ -173,7 +173,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(world, trained, cap
 def test_training_needs_no_evaluation(world, tmp_path):
     off = ("--do_eval", "no", "--do_predict", "no", "--eval_before_training", "no")
     printed = run(world / "recipe.yaml", "--output_dir", tmp_path, *off, "--max_train_steps", 1)
-    assert "training: 1 steps of 6 pairs, seed 42" in printed and "|" not in printed
+    assert "training: 1 steps of 6 samples, seed 42" in printed and "|" not in printed
     assert (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("predictions_*"))
 
 

@@ -22,6 +22,8 @@ def set_up_logging(accelerator: Accelerator):
     """Print what the package reports, on the main process."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("transformers_testa").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    # It warns at every checkpoint that shared weights are stored once, which is meant.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 def markdown_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
