@@ -1,6 +1,7 @@
 """Evaluate a model on the splits of a run: retrieval and question answering."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformers_testa.retrieval import RetrievalDetails, evaluate_retrieval, i
 from transformers_testa.training import Progress, create_loader, video_dataset, whole_model
 
 
-class Evaluator:
+class Evaluator(ABC):
     """Evaluates a model on some splits and writes the metrics into the progress of a run.
 
     Subclasses say in `loaders_of` and `metrics_of` what is read and measured.
@@ -70,13 +71,13 @@ class Evaluator:
         """Let `model` be whole, with the weights of now. All processes have to call this together."""
         self.model = whole_model(self.trained_model)
 
+    @abstractmethod
     def loaders_of(self, table: Dataset) -> tuple[DataLoader, ...]:
         """Return the loaders that the metrics of a split are computed from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics_of(self, split: str, progress: Progress) -> dict[str, float]:
         """Compute the metrics of a split; videos that can't be decoded go into the progress."""
-        raise NotImplementedError
 
     def create_loader(self, dataset: Any, collate: Callable, num_workers: int, **collate_settings: Any) -> DataLoader:
         """Return a loader whose batches are split over the processes."""

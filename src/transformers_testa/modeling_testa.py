@@ -1065,7 +1065,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
     ) -> TestaVideoModelOutput:
         """Encode videos `[B, T, C, H, W]`; `pooler_output [B, projection_dim]` is the embedding, of length 1."""
         output = self.testa.get_video_features(pixel_values_videos, return_dict=True, **kwargs)
-        output.pooler_output = F.normalize(_apply_head(self.video_projection, output.pooler_output), dim=-1)
+        output.pooler_output = F.normalize(apply_head(self.video_projection, output.pooler_output), dim=-1)
         return output
 
     @can_return_tuple
@@ -1074,7 +1074,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Encode texts `[B, L]`; `pooler_output [B, projection_dim]` is the embedding, of length 1."""
         output = self.testa.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
-        output.pooler_output = F.normalize(_apply_head(self.text_projection, output.pooler_output), dim=-1)
+        output.pooler_output = F.normalize(apply_head(self.text_projection, output.pooler_output), dim=-1)
         return output
 
     def match(
@@ -1097,7 +1097,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
         """
         input_ids = _replace_first_token(input_ids, self.config.text_config.enc_token_id)
         output = self.testa.text_model(input_ids, attention_mask, encoder_hidden_states=video_hidden_states, **kwargs)
-        return _apply_head(self.matching_head, output.last_hidden_state[:, 0])
+        return apply_head(self.matching_head, output.last_hidden_state[:, 0])
 
     @can_return_tuple
     def forward(
@@ -1570,7 +1570,7 @@ class TestaForMultipleChoiceVideoQA(TestaPreTrainedModel):
             return_dict=True,
             **kwargs,
         ).last_hidden_state
-        unmatched, matched = _apply_head(self.matching_head, states[:, 0]).unbind(dim=-1)
+        unmatched, matched = apply_head(self.matching_head, states[:, 0]).unbind(dim=-1)
         logits = (matched - unmatched).view(input_ids.shape[:2])
         return TestaVideoQAOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
@@ -1580,7 +1580,7 @@ class TestaForMultipleChoiceVideoQA(TestaPreTrainedModel):
         )
 
 
-def _apply_head(head: nn.Linear, features: Tensor) -> Tensor:
+def apply_head(head: nn.Linear, features: Tensor) -> Tensor:
     """Apply a head in the precision of its weights: autocast would round away the differences that rank candidates."""
     with maybe_autocast(device_type=features.device.type, enabled=False):
         return head(features.to(head.weight.dtype))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers.utils.generic import maybe_autocast
 
-from .modeling_testa import TestaForPreTraining, TestaForRetrieval, TestaPreTrainingOutput
+from .modeling_testa import TestaForPreTraining, TestaForRetrieval, TestaPreTrainingOutput, apply_head
 from .objectives import (
     HardNegatives,
     contrastive_loss,
@@ -63,10 +63,8 @@ class MomentumTeacher(nn.Module):
         """Embed videos `[B, T, C, H, W]` and texts `[B, L]`: both `[B, E]`, of length 1."""
         videos = self.testa.get_video_features(pixel_values_videos, return_dict=True).pooler_output
         texts = self.testa.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
-        with maybe_autocast(device_type=videos.device.type, enabled=False):
-            dtype = self.video_projection.weight.dtype
-            videos, texts = self.video_projection(videos.to(dtype)), self.text_projection(texts.to(dtype))
-            return F.normalize(videos, dim=-1), F.normalize(texts, dim=-1)
+        videos, texts = apply_head(self.video_projection, videos), apply_head(self.text_projection, texts)
+        return F.normalize(videos, dim=-1), F.normalize(texts, dim=-1)
 
 
 class FeatureQueue(nn.Module):
