@@ -51,7 +51,7 @@ class _VideoTextPipeline(Pipeline):
         for text in texts:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{role} {text!r} is no text.")
-        longest = min(self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+        longest = self.processor.longest_text(self.model)
         tokens = self.processor(
             text=list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
@@ -282,7 +282,7 @@ class VideoQuestionAnsweringPipeline(_VideoTextPipeline):
         if candidates is not None:
             best = _best(outputs["logits"][0], top_k)
             return [{"score": score, "answer": candidates[number]} for score, number in best]
-        answers = self.tokenizer.batch_decode(outputs["ids"][0], skip_special_tokens=True)
+        answers = self.tokenizer.batch_decode(outputs["ids"][0][:, 1:], skip_special_tokens=True)  # without [DEC]
         scores = outputs["scores"][0].tolist()
         return [{"score": score, "answer": answer} for score, answer in zip(scores, answers, strict=True)]
 

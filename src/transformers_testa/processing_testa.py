@@ -20,6 +20,10 @@ class TestaProcessor(ProcessorMixin):
     def __call__(self, videos=None, text=None, **kwargs):
         return super().__call__(videos=videos, text=text, **kwargs)
 
+    def longest_text(self, model) -> int:
+        """Return how many tokens of a text, [CLS] and [SEP] included, the tokenizer and a model take."""
+        return min(self.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         schemas = self.valid_processor_kwargs.__annotations__

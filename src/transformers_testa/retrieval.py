@@ -51,7 +51,7 @@ def find_videos(folder: str | Path) -> list[Path]:
     """Video files in a folder and its subfolders, sorted. Raises ValueError where there are none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give a folder of videos, a list of files, or a dict of id to video")
+        raise ValueError(f"{folder} is no folder: give the path of a folder of videos")
     videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
     if not videos:
         raise ValueError(f"{folder} holds no video: files of {', '.join(VIDEO_SUFFIXES)} are looked for")
@@ -376,6 +376,30 @@ class VideoSearch:
         (results,) = _results(texts, ranking, top_k)
         return results
 
+    def frame_similarities(self, text: str, video: Any) -> Tensor:
+        """How similar each frame of a video is to a text, float32 `[T]`: which frames speak for it.
+
+        A video's embedding is the mean of its tokens, projected. Here each token is projected by itself, and a frame has
+        the mean similarity of the tokens its patches are in: frames that were merged as a whole are equal, and one that
+        was dropped as a whole has -inf.
+
+        Args:
+            text: one.
+            video: anything the processor takes.
+
+        Raises:
+            ValueError: if the text is empty, or the video can't be read.
+        """
+        query = embed_texts(self.model, *self._tokenize([text]))[0]
+        pixels = self.processor(videos=[video], return_tensors="pt")["pixel_values_videos"]
+        with inference(self.model):
+            output = self.model.get_video_features(pixel_values_videos=pixels.to(self.model.device))
+            tokens = self.model.video_projection(output.last_hidden_state[0]).float().cpu() @ query  # [N]
+        token_map = output.token_map[0].cpu()  # [T, L], -1 where a patch was dropped
+        kept = token_map >= 0
+        similarities = (tokens[token_map.clamp(min=0)] * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+        return similarities.masked_fill(~kept.any(dim=1), -torch.inf)
+
     def _video_features(self, video: Any) -> tuple[Tensor, Tensor]:
         if isinstance(video, (str, Path)) and str(video) in self.gallery:
             row = self.gallery.row(str(video))
@@ -391,7 +415,7 @@ class VideoSearch:
         for row, text in enumerate(texts):
             if not text.strip():
                 raise ValueError(f"text {row} is empty: describe what to search for")
-        limit = min(self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+        limit = self.processor.longest_text(self.model)
         if any(len(ids) > limit for ids in self.processor.tokenizer(texts, truncation=False, verbose=False).input_ids):
             logger.warning_once(f"A text is longer than {limit} tokens: what comes after them is not searched for.")
         tokens = self.processor(text=texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")

@@ -1,0 +1,81 @@
+"""Run a trained model with more or less token aggregation than it was trained with: no weights depend on it."""
+
+import copy
+from itertools import chain
+
+from transformers import PreTrainedModel
+
+from .aggregation_testa import limit_merges
+from .configuration_testa import TestaVideoConfig
+from .modeling_testa import TestaVideoModel
+
+
+def with_merges(
+    model: PreTrainedModel, merged_frames_per_layer: int | list[int], merged_patches_per_layer: int | list[int]
+) -> PreTrainedModel:
+    """Return a model that shares all weights with another and merges differently.
+
+    Args:
+        model: One with a video encoder. It stays as it is.
+        merged_frames_per_layer: As in [`TestaVideoConfig`].
+        merged_patches_per_layer: As in [`TestaVideoConfig`].
+
+    Raises:
+        ValueError: Where the model has no video encoder, or the counts don't fit its configuration.
+    """
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    encoders = [module for module in twin.modules() if isinstance(module, TestaVideoModel)]
+    if not encoders:
+        raise ValueError(f"A {type(model).__name__} has no video encoder, so it has nothing to merge.")
+    for encoder in encoders:
+        config = encoder.config
+        config.merged_frames_per_layer = merged_frames_per_layer
+        config.merged_patches_per_layer = merged_patches_per_layer
+        config.validate_architecture()
+        for layer, frames, patches in zip(encoder.layers, config.merged_frames, config.merged_patches, strict=True):
+            layer.spatial.num_merged = patches
+            if layer.is_divided:
+                layer.temporal.num_merged = frames
+    return twin
+
+
+def count_kept(config: TestaVideoConfig) -> tuple[int, int]:
+    """Return how many frames, and patches of each, are left after the last block (joint attention: 1, and tokens)."""
+    frames, patches = config.num_frames, config.num_patches
+    if config.attention_type == "joint_space_time":
+        frames, patches = 1, frames * patches
+    for merged_frames, merged_patches in zip(config.merged_frames, config.merged_patches, strict=True):
+        frames -= limit_merges(merged_frames, frames)
+        patches -= limit_merges(merged_patches, patches, class_token_ahead=True)
+    return frames, patches
+
+
+def merges_to_keep(config: TestaVideoConfig, share: float) -> tuple[list[int], list[int]]:
+    """Choose merges that leave about this share of a video's patch tokens after the last block.
+
+    Divided attention shortens time and space alike; the other kinds of attention merge patches only. Every block merges
+    as many, give or take one.
+
+    Args:
+        config: The encoder.
+        share: Of the tokens to keep, above 0 and at most 1.
+
+    Returns:
+        `merged_frames_per_layer` and `merged_patches_per_layer`.
+
+    Raises:
+        ValueError: For another share.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}; above 0 and at most 1 is needed.")
+    divided = config.attention_type == "divided_space_time"
+    patches = config.num_patches * (config.num_frames if config.attention_type == "joint_space_time" else 1)
+    kept_frames = max(1, round(config.num_frames * share**0.5)) if divided else config.num_frames
+    kept_patches = max(1, round(patches * (share * config.num_frames / kept_frames if divided else share)))
+    blocks = config.num_hidden_layers
+    return _spread(config.num_frames - kept_frames, blocks), _spread(patches - min(patches, kept_patches), blocks)
+
+
+def _spread(count: int, blocks: int) -> list[int]:
+    return [count * (block + 1) // blocks - count * block // blocks for block in range(blocks)]
