@@ -39,14 +39,14 @@ import gradio as gr
 
 logging.set_verbosity_error()
 
-VIDEOS_SHOWN = 5
+VIDEOS_SHOWN = 6
 FRAMES_SHOWN = 3
 ANSWERS_SHOWN = 3
 LEAST_KEPT, STEP = 25, 5  # percent of the tokens
 DISPLAY_SIZE = {"max_height": 240, "max_width": 320}
 
 STYLE = """
-.notice, #results, #merges { padding: 0 !important }
+.notice .html-container, #results .html-container, #merges .html-container { padding: 0 }
 .notice p { margin: 0; padding: .6em .9em; border: 1px solid var(--border-color-primary); border-radius: 8px;
             background: var(--block-background-fill); overflow-wrap: anywhere }
 .notice p + p { margin-top: .4em }
@@ -213,7 +213,10 @@ class Page:
         frames, times = sampled_frames(processor, video)
         captions = [f"{time:.1f} s" for time in times]
         tokens = len(token_map[token_map >= 0].unique())
-        notice = tell(f"{token_map.numel()} patches became {tokens} tokens. Patches of one colour are one token.")
+        notice = tell(
+            f"{token_map.numel()} patches became {tokens} tokens. Patches of one colour are one token, wherever they are; "
+            "frames with a border of one colour share tokens."
+        )
         return notice, show_frames(draw_merged_regions(frames, token_map), captions)
 
     def _gallery_folder(self, folder: str, percent: int) -> Path:
@@ -263,11 +266,11 @@ def tell_errors(action: Callable[..., tuple], num_outputs: int) -> Callable[...,
 def build_page(page: Page, folder: str) -> gr.Blocks:
     """Lay out the page and connect it."""
 
-    def slider(model: AdjustableModel, name: str) -> gr.Slider:
+    def slider(model: AdjustableModel, name: str, purpose: str = "") -> gr.Slider:
         percent = gr.Slider(
             *(LEAST_KEPT, 100, model.own_percent),
             step=STEP,
-            label="Tokens to keep, %",
+            label=f"Tokens to keep{purpose}, %",
             elem_id=f"{name}-percent",
         )
         cost = gr.Markdown(model.describe(model.own_percent), elem_id=f"{name}-cost")
@@ -300,7 +303,7 @@ def build_page(page: Page, folder: str) -> gr.Blocks:
                 folder = gr.Textbox(folder, label="Folder of videos", placeholder="/path/to/videos", elem_id="folder")
                 index_button = gr.Button("Index the folder", variant="primary", elem_id="index")
             with gr.Column():
-                index_percent = slider(page.retrieval, "index")
+                index_percent = slider(page.retrieval, "index", " when indexing")
         index_notice = notice("index", "No folder is indexed yet.")
 
         with gr.Tab("Search"):
@@ -323,7 +326,7 @@ def build_page(page: Page, folder: str) -> gr.Blocks:
                         candidates = gr.Textbox(
                             label="Answers to choose from (optional)", placeholder="a dog, a cat", elem_id="candidates"
                         )
-                        asked_percent = slider(page.answering, "ask")
+                        asked_percent = slider(page.answering, "ask", " when answering")
                         ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
                         ask_notice = notice("ask", "Answers appear here, with their probabilities.")
                         answers = gr.Label(label="Answers", elem_id="answers")
@@ -341,6 +344,8 @@ def build_page(page: Page, folder: str) -> gr.Blocks:
         if page.answering is not None:
             asking = [video, question, candidates, asked_percent], [ask_notice, answers]
             connect([ask_button.click, question.submit], page.ask, *asking)
+            video.change(lambda: None, None, answers, show_progress="hidden", api_visibility="private")
+        video.change(lambda: None, None, merges, show_progress="hidden", api_visibility="private")
     return blocks
 
 

@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 
 extras = {
+    "app": ["gradio>=6.31"],
     "demo": ["scikit-learn>=1.9"],
     "faiss": ["faiss-cpu>=1.12"],
     "peft": ["peft>=0.21"],
@@ -19,7 +20,9 @@ extras["test"] = [
     "pytest-xdist>=3.8",
     "requests",
     "ruff>=0.17",
+    "selenium>=4.51",
     "setuptools",
+    *extras["app"],
     *extras["demo"],
     *extras["peft"],
     *extras["quantization"],

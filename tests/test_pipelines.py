@@ -6,13 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from retrieval_world import COLOURS, tiny_config, tiny_processor, write_stories
-from transformers import pipeline
+from transformers import BertTokenizer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from transformers_testa import TestaForRetrieval, TestaForVideoQA, VideoDecodingError
 from transformers_testa.data.annotations import load_annotations
 from transformers_testa.gallery import Gallery
 from transformers_testa.pipelines import VideoQuestionAnsweringPipeline, VideoTextRetrievalPipeline
+from transformers_testa.processing_testa import TestaProcessor
 from transformers_testa.retrieval import VideoSearch, index_videos
 
 
@@ -191,6 +192,18 @@ def test_the_score_of_a_free_answer_is_the_probability_of_its_words(answering, v
             logits = answering.model(**inputs, answer_input_ids=answer[None]).logits[0, :-1]
         words = logits.log_softmax(dim=-1).gather(1, answer[1:, None])
         assert result["score"] == pytest.approx(words.sum().exp().item(), rel=1e-3)
+
+
+def test_a_free_answer_has_no_start_token_even_where_the_tokenizer_takes_it_for_a_word(answering, videos):
+    vocabulary = answering.tokenizer.get_vocab()
+    processor = TestaProcessor(
+        answering.processor.video_processor, BertTokenizer(vocab=vocabulary, model_max_length=32)
+    )
+    assert processor.tokenizer.decode([vocabulary["[DEC]"]], skip_special_tokens=True) == "[DEC]"
+    pipe = VideoQuestionAnsweringPipeline(model=answering.model, processor=processor)
+    (result,) = pipe(video=videos[0], question=QUESTION, max_new_tokens=6)
+    ids = answering.model.generate(**question_inputs(answering, videos[0]), max_new_tokens=6)
+    assert result["answer"] == processor.tokenizer.decode(ids[0, 1:], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(

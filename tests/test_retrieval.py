@@ -14,9 +14,11 @@ from video_files import write_video
 
 from transformers_testa import TestaForRetrieval
 from transformers_testa.gallery import Gallery
+from transformers_testa.merging import with_merges
 from transformers_testa.metrics import RetrievalMetric, retrieval_metrics
 from transformers_testa.retrieval import (
     VideoSearch,
+    embed_texts,
     evaluate_retrieval,
     find_videos,
     index_videos,
@@ -296,6 +298,30 @@ def test_texts_are_found_by_a_video_in_the_gallery_or_not(model, processor, gall
         assert [result.score for result in results] == pytest.approx(
             [(similarities + logits)[row, 0].item() for row in order], abs=1e-4
         )
+
+
+def test_frames_share_the_similarity_of_their_video(processor, folder, gallery):
+    """Without merging or class token every frame has as many tokens: the mean over frames is the whole, unnormalised."""
+    model = tiny_model()
+    unmerged = with_merges(model, 0, 0)
+    finder = VideoSearch(unmerged, processor, gallery)
+    similarities = finder.frame_similarities(TEXTS[0], folder / "c.mp4")
+    assert similarities.shape == (6,) and len(similarities.unique()) > 1
+    pixels = processor(videos=[folder / "c.mp4"], return_tensors="pt")["pixel_values_videos"]
+    query = embed_texts(model, *finder._tokenize(TEXTS[:1]))[0]
+    with torch.no_grad():
+        tokens = unmerged.testa.video_model(pixels).last_hidden_state[0, 1:].unflatten(0, (6, -1))  # [T, L, D]
+        expected = model.video_projection(tokens.mean(dim=1)) @ query
+    torch.testing.assert_close(similarities, expected)
+
+
+def test_frames_that_merge_are_equally_similar_and_dropped_ones_are_last(processor, folder, gallery):
+    video = folder / "c.mp4"
+    finder = VideoSearch(with_merges(tiny_model(), [2, 0], 0), processor, gallery)
+    assert len(finder.frame_similarities(TEXTS[0], video).unique()) == 4
+    pruning = TestaForRetrieval(tiny_config(aggregation_strategy="prune", merged_frames_per_layer=[2, 0]))
+    similarities = VideoSearch(pruning.eval(), processor, gallery).frame_similarities(TEXTS[0], video)
+    assert similarities.isneginf().sum() == 2 and similarities.isfinite().sum() == 4
 
 
 def test_a_gallery_in_bfloat16_ranks_nearly_as_one_in_float32(tmp_path, model, processor, folder, gallery):
