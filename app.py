@@ -83,6 +83,7 @@ class AdjustableModel:
             )
         self._model.eval().to(device)
         self._config = self._model.config.video_config
+        self._unmerged_gflops = count_video_gflops(with_merges(self._model, 0, 0).config.video_config)
         own_share = np.prod(count_kept(self._config)) / (self._config.num_frames * self._config.num_patches)
         self.own_percent = max(LEAST_KEPT, STEP * round(100 * own_share / STEP))
         self.with_percent = functools.cache(self._with_percent)
@@ -96,13 +97,12 @@ class AdjustableModel:
         """Say what a percentage costs."""
         config = self.with_percent(percent).config.video_config
         gflops = count_video_gflops(config)
-        everything = count_video_gflops(with_merges(self._model, 0, 0).config.video_config)
+        shown = f"{gflops:.3g}" if gflops < 100 else f"{gflops:.0f}"
         frames, patches = count_kept(config)
         origin = " This is how the model was trained." if percent == self.own_percent else ""
         return (
-            f"**{f'{gflops:.3g}' if gflops < 100 else f'{gflops:.0f}'} GFLOPs** a video, {gflops / everything:.0%} of "
-            f"what it costs without merging. Of {config.num_frames} × {config.num_patches} tokens (frames × patches), "
-            f"{frames} × {patches} are left.{origin}"
+            f"**{shown} GFLOPs** a video, {gflops / self._unmerged_gflops:.0%} of what it costs without merging. "
+            f"Of {config.num_frames} × {config.num_patches} tokens (frames × patches), {frames} × {patches} are left.{origin}"
         )
 
 
@@ -132,6 +132,7 @@ class Page:
         self.retrieval = retrieval
         self.answering = answering
         self.gallery_dir = gallery_dir
+        self.searches: dict[tuple[str, int], VideoSearch] = {}  # by folder and percentage
 
     def index(self, folder: str, percent: int, progress: gr.Progress = gr.Progress(track_tqdm=True)) -> tuple:  # noqa: B008
         """Index a folder; return a sentence, the index for this session, and the videos to choose from."""
@@ -139,12 +140,14 @@ class Page:
             raise ValueError("Give the path of a folder of videos.")
         folder = str(Path(folder.strip()).expanduser().resolve())
         videos = find_videos(folder)
-        model = self.retrieval.with_percent(percent)
+        model, processor = self.retrieval.with_percent(percent), self.retrieval.processor
         progress(0, desc=f"Embedding {len(videos)} videos")
-        with Gallery(self._gallery_folder(folder, percent), model, writable=True) as gallery:
-            report = index_videos(model, self.retrieval.processor, videos, gallery)
+        name = f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{percent}"
+        with Gallery(Path(self.gallery_dir, name), model, writable=True) as gallery:
+            report = index_videos(model, processor, videos, gallery)
         if len(report.failed) == len(videos):
             raise ValueError(f"No video in {folder} can be read. {next(iter(report.failed.values()))}")
+        self.searches[folder, percent] = VideoSearch(model, processor, gallery)
         names = [(os.path.relpath(video, folder), str(video)) for video in videos if str(video) not in report.failed]
         ready = "1 video is" if len(names) == 1 else f"{len(names)} videos are"
         there = f", {report.skipped} of them from before" if report.skipped else ""
@@ -158,10 +161,9 @@ class Page:
             raise ValueError("Write what happens in the video that you look for.")
         if index is None:
             raise ValueError("There is nothing to search yet: index a folder of videos first.")
-        folder, percent = index
-        model = self.retrieval.with_percent(percent)
-        check_length(self.retrieval.processor, model, text)
-        search = VideoSearch(model, self.retrieval.processor, Gallery(self._gallery_folder(folder, percent), model))
+        folder, _ = index
+        search = self.searches[index]
+        check_length(search.processor, search.model, text)
         (found,) = search.search(text, top_k=VIDEOS_SHOWN)
         results = []
         for rank, result in enumerate(progress.tqdm(found, desc="Looking for the best frames"), start=1):
@@ -218,9 +220,6 @@ class Page:
             "frames with a border of one colour share tokens."
         )
         return notice, show_frames(draw_merged_regions(frames, token_map), captions)
-
-    def _gallery_folder(self, folder: str, percent: int) -> Path:
-        return Path(self.gallery_dir, f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{percent}")
 
 
 def require_video(video: str | None):
@@ -366,9 +365,7 @@ def main():
             options.gallery_dir or temporary,
         )
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-        build_page(page, options.folder).launch(
-            share=False, ssr_mode=False, theme=theme, css=STYLE, footer_links=[], strict_cors=True
-        )
+        build_page(page, options.folder).launch(share=False, ssr_mode=False, theme=theme, css=STYLE, footer_links=[])
 
 
 if __name__ == "__main__":

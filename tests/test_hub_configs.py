@@ -21,7 +21,9 @@ from transformers_testa.flops import count_video_gflops
 
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = sorted(path for path in (ROOT / "hub_configs").iterdir() if path.is_dir())
+FOLDERS = sorted(
+    path for path in (ROOT / "hub_configs").iterdir() if path.is_dir() and not path.name.endswith("-space")
+)
 BASE_FOLDERS = [folder for folder in FOLDERS if folder.name.startswith("testa-base")]
 SCRIPTS = {
     "TestaForPreTraining": "run_pretraining",

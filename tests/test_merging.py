@@ -69,6 +69,12 @@ def test_the_share_that_was_asked_for_is_kept(share, num_frames, side, blocks, a
     assert kept_frames * kept_patches == pytest.approx(share * num_frames * side**2, abs=0.5 * kept_frames + 1e-6)
 
 
+def test_time_stays_as_it_is_where_it_may_not_shrink():
+    config = TestaVideoConfig(use_temporal_scaling=True)
+    frames, patches = merges_to_keep(config, 0.5)
+    assert frames == [0] * 12 and sum(patches) == 98
+
+
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 def test_as_many_tokens_are_counted_as_the_encoder_leaves(attention_type):
     frames = 1 if attention_type == "divided_space_time" else 0

@@ -54,8 +54,8 @@ def count_kept(config: TestaVideoConfig) -> tuple[int, int]:
 def merges_to_keep(config: TestaVideoConfig, share: float) -> tuple[list[int], list[int]]:
     """Choose merges that leave about this share of a video's patch tokens after the last block.
 
-    Divided attention shortens time and space alike; the other kinds of attention merge patches only. Every block merges
-    as many, give or take one.
+    Divided attention shortens time and space alike; temporal scaling and the other kinds of attention leave time as it
+    is. Every block merges as many, give or take one.
 
     Args:
         config: The encoder.
@@ -69,12 +69,15 @@ def merges_to_keep(config: TestaVideoConfig, share: float) -> tuple[list[int], l
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; above 0 and at most 1 is needed.")
-    divided = config.attention_type == "divided_space_time"
-    patches = config.num_patches * (config.num_frames if config.attention_type == "joint_space_time" else 1)
-    kept_frames = max(1, round(config.num_frames * share**0.5)) if divided else config.num_frames
-    kept_patches = max(1, round(patches * (share * config.num_frames / kept_frames if divided else share)))
+    frames, patches = config.num_frames, config.num_patches
+    kept_frames = frames
+    if config.attention_type == "joint_space_time":
+        patches *= frames
+    elif config.attention_type == "divided_space_time" and not config.use_temporal_scaling:
+        kept_frames = max(1, round(frames * share**0.5))
+    kept_patches = min(patches, max(1, round(patches * share * frames / kept_frames)))
     blocks = config.num_hidden_layers
-    return _spread(config.num_frames - kept_frames, blocks), _spread(patches - min(patches, kept_patches), blocks)
+    return _spread(frames - kept_frames, blocks), _spread(patches - kept_patches, blocks)
 
 
 def _spread(count: int, blocks: int) -> list[int]:
