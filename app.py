@@ -74,14 +74,19 @@ class AdjustableModel:
 
     def __init__(self, model_class: type[PreTrainedModel], name: str):
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        self.processor: TestaProcessor = AutoProcessor.from_pretrained(name)
-        self._model, report = model_class.from_pretrained(name, output_loading_info=True)
+        try:
+            self._model, report = model_class.from_pretrained(name, output_loading_info=True)
+        except OSError as error:
+            raise ValueError(
+                f"{name} is no folder of a model, and no Hub repository that can be read. {error}"
+            ) from error
         if report["missing_keys"]:
             raise ValueError(
                 f"{name} is no {model_class.__name__}: it has no weights for {min(report['missing_keys'])} and "
                 f"{len(report['missing_keys']) - 1} others. Give a folder or Hub repository of one."
             )
         self._model.eval().to(device)
+        self.processor: TestaProcessor = AutoProcessor.from_pretrained(name)
         self._config = self._model.config.video_config
         self._unmerged_gflops = count_video_gflops(with_merges(self._model, 0, 0).config.video_config)
         own_share = np.prod(count_kept(self._config)) / (self._config.num_frames * self._config.num_patches)
@@ -359,11 +364,12 @@ def main():
     parser.add_argument("--gallery_dir", help="where embedded videos are kept for the next time; forgotten by default")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        page = Page(
-            AdjustableModel(TestaForRetrieval, options.model),
-            AdjustableModel(TestaForVideoQA, options.qa_model) if options.qa_model else None,
-            options.gallery_dir or temporary,
-        )
+        try:
+            retrieval = AdjustableModel(TestaForRetrieval, options.model)
+            answering = AdjustableModel(TestaForVideoQA, options.qa_model) if options.qa_model else None
+        except ValueError as error:
+            parser.error(str(error))
+        page = Page(retrieval, answering, options.gallery_dir or temporary)
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         build_page(page, options.folder).launch(share=False, ssr_mode=False, theme=theme, css=STYLE, footer_links=[])
 

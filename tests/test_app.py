@@ -263,9 +263,16 @@ def test_the_page_fetches_nothing_from_elsewhere(driver, browser, address):
     assert [url for url in urls if not url.startswith((address, "data:", "blob:", "chrome"))] == []
 
 
-def test_a_model_of_another_task_is_refused_before_the_page_opens(models, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(APP), "--model", str(models / "TestaForVideoQA")])
-    with pytest.raises(
-        ValueError, match=r"VideoQA is no TestaForRetrieval: it has no weights for matching_head\.bias"
-    ):
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("TestaForVideoQA", "TestaForVideoQA is no TestaForRetrieval: it has no weights for matching_head.bias and 6"),
+        ("nowhere", "nowhere is no folder of a model, and no Hub repository that can be read."),
+    ],
+)
+def test_a_wrong_model_is_told_before_the_page_opens(name, sentence, models, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(sys, "argv", [str(APP), "--model", name])
+    with pytest.raises(SystemExit):
         runpy.run_path(str(APP), run_name="__main__")
+    assert sentence in capsys.readouterr().err
