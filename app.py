@@ -50,6 +50,8 @@ STYLE = """
 .notice p { margin: 0; padding: .6em .9em; border: 1px solid var(--border-color-primary); border-radius: 8px;
             background: var(--block-background-fill); overflow-wrap: anywhere }
 .notice p + p { margin-top: .4em }
+.notice > .wrap { background: var(--background-fill-primary); min-height: 4em }
+@media (max-width: 40em) { .notice .meta-text, .notice .meta-text-center { display: none } }
 p.error { border-color: #d97706; border-left-width: 5px }
 .scores, figcaption { opacity: .75 }
 .results { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 28em), 1fr)); gap: 1.4em }

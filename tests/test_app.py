@@ -25,7 +25,7 @@ from transformers_testa.merging import merges_to_keep
 
 
 APP = Path(__file__).parents[1] / "app.py"
-SECONDS = 30
+SECONDS = 60
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
 
