@@ -269,6 +269,7 @@ def test_the_page_fetches_nothing_from_elsewhere(driver, browser, address):
         ("TestaForVideoQA", "TestaForVideoQA is no TestaForRetrieval: it has no weights for matching_head.bias and 6"),
         ("nowhere", "nowhere is no folder of a model, and no Hub repository that can be read."),
     ],
+    ids=["of another task", "not there"],
 )
 def test_a_wrong_model_is_told_before_the_page_opens(name, sentence, models, monkeypatch, capsys):
     monkeypatch.chdir(models)
