@@ -5,7 +5,8 @@
 The stories are planned once more from the arguments that the demo keeps, so that it is known where every object is. A
 region is all patches that became one token. Compared are the cosine between projected tokens and the text, which is
 what `ground` computes; the matching head on a text that is read with one token alone; and the cross-attention of the
-text's words to the tokens. "Random" is the mean over all regions, or all frames: what a blind guess would score.
+text's words to the tokens. "Random" is the mean over all regions, or all frames: what a blind guess would score; its
+span is the whole video. Spans overlap by their intersection over their union.
 """
 
 import argparse
@@ -25,11 +26,12 @@ from transformers_testa.data.demo import DemoArguments, plan_demo
 from transformers_testa.data.rendering import count_frames, locate_objects
 from transformers_testa.data.stories import Story
 from transformers_testa.data.storytelling import name_object, tell
+from transformers_testa.visualization import best_span
 
 
 # An object is in a region where it fills at least this share of one of its patches.
 LEAST_SHARE = 0.1
-FIGURES = ["object in the best region", "share of that region", "best frame in the scene"]
+FIGURES = ["object in the best region", "share of that region", "best frame in the scene", "overlap of the best span"]
 
 
 def cosine(model: TestaForRetrieval, pixel_values: Tensor, texts: dict[str, Tensor]) -> Tensor:
@@ -88,10 +90,20 @@ def point(scores: Tensor, token_map: Tensor, share: Tensor, frame_shows: Tensor)
     hit_of_token = (members * is_hit.flatten()[:, None]).amax(dim=0)
     share_of_token = share.flatten() @ members / members.sum(dim=0)
     best = token_of_patch.flatten()[scores.argmax()]
-    best_frame = scores.amax(dim=1).argmax()
+    frame_scores = scores.amax(dim=1)
+    first, last = best_span(frame_scores)
+    is_in_span = torch.zeros_like(frame_shows)
+    is_in_span[first : last + 1] = True
+    overlap = (is_in_span & frame_shows).sum() / (is_in_span | frame_shows).sum()
+    frames_in_scene = frame_shows.float().mean().item()
     return (
-        [hit_of_token[best].item(), share_of_token[best].item(), frame_shows[best_frame].item()],
-        [hit_of_token.mean().item(), share_of_token.mean().item(), frame_shows.float().mean().item()],
+        [
+            hit_of_token[best].item(),
+            share_of_token[best].item(),
+            frame_shows[frame_scores.argmax()].item(),
+            overlap.item(),
+        ],
+        [hit_of_token.mean().item(), share_of_token.mean().item(), frames_in_scene, frames_in_scene],
     )
 
 

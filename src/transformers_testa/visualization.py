@@ -1,8 +1,8 @@
 """Pictures of what a model does with a video, made from its public outputs.
 
 Functions of arrays and tensors to arrays, pictures and figures. What they show comes from `token_map`, which tells the
-output token of every input patch, and from hidden states, so they work on any video and any kind of aggregation. Needs
-the `visualization` extra.
+output token of every input patch, and from hidden states, so they work on any video and any kind of aggregation. Heat
+maps and plots need the `visualization` extra.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 
+# Only heat maps and plots need matplotlib: merged regions and sheets are drawn without it.
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .modeling_testa import TestaVideoModel
 
 
 # Pictures are enlarged to at least this many pixels a patch, so that outlines don't hide what they enclose.
 PATCH_PIXELS = 24
-TINT = 0.4
+TINT = 0.3
 HEAT = 0.6
+SPAN_LEVEL = 0.75
 DROPPED_BRIGHTNESS = 0.2
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -133,6 +135,8 @@ def draw_heat_map(
     Raises:
         ValueError: Where the frames, the scores and the grid don't fit together.
     """
+    from matplotlib import colormaps
+
     frames = _check_frames(frames)
     values = torch.as_tensor(scores).detach().float().cpu().numpy()
     if values.ndim != 2:
@@ -146,11 +150,21 @@ def draw_heat_map(
 
 
 def best_span(frame_scores: torch.Tensor) -> tuple[int, int]:
-    """Return the first and the last frame of the run whose scores `[T]` exceed their mean by the greatest sum."""
+    """Return the first and the last frame of when a text is seen.
+
+    It is the run of frames whose scores exceed `SPAN_LEVEL`, as a share of the way from the least score to the
+    greatest, by the greatest sum: a short gap may be part of it, a long one is not.
+
+    Args:
+        frame_scores: `[T]`: of one text, the `frame_scores` of [`TestaForRetrieval.ground`].
+
+    Raises:
+        ValueError: Where there is no frame, or another dimension.
+    """
     scores = torch.as_tensor(frame_scores).detach().double().cpu()
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"frame_scores should be [frames], those of one text; got shape {tuple(scores.shape)}.")
-    sums = torch.cat([scores.new_zeros(1), (scores - scores.mean()).cumsum(0)])
+    sums = torch.cat([scores.new_zeros(1), (scores - scores.min().lerp(scores.max(), SPAN_LEVEL)).cumsum(0)])
     gains = sums[None] - sums[:, None]  # [first, last + 1]
     spans = torch.ones_like(gains, dtype=torch.bool).triu(1)
     first, end = divmod(int(gains.masked_fill(~spans, -torch.inf).argmax()), len(sums))
@@ -177,6 +191,8 @@ def plot_grounding(
     Raises:
         ValueError: Where the arguments don't fit together.
     """
+    from matplotlib.figure import Figure
+
     pictures = draw_heat_map(frames, scores, grid_size)
     frame_scores = torch.as_tensor(scores).detach().float().cpu().amax(dim=1)
     first, last = best_span(frame_scores)
@@ -229,15 +245,15 @@ def trace_layers(
         for hook in hooks:
             hook.remove()
     B, T, L = output.token_map.shape
-    # The map of joint attention is patch-major, and so is this one in the order that its first block is given.
+    # Joint attention is given its patches patch-major.
     patches = torch.arange(T * L, device=output.token_map.device)
     if video_model.config.attention_type == "joint_space_time":
         patches = patches.view(L, T).t()
     patches = patches.reshape(1, T, L).expand(B, -1, -1)
-    num_groups = T if video_model.config.attention_type == "space_only" else 1
+    num_class_tokens = T if video_model.config.attention_type == "space_only" else 1
     maps = []
     for states, token_map in zip(output.hidden_states, [patches, *token_maps], strict=True):
-        tokens_per_class = states.shape[1] // num_groups - 1
+        tokens_per_class = states.shape[1] // num_class_tokens - 1
         index = token_map + token_map.div(tokens_per_class, rounding_mode="floor") + 1
         maps.append(torch.where(token_map < 0, -1, index))
     return list(output.hidden_states), maps
@@ -252,16 +268,16 @@ def merged_similarity(
         hidden_states, token_maps: What [`trace_layers`] returns.
 
     Returns:
-        For each block, the mean cosine similarity of the pairs of its input tokens that it merges (NaN where there are
-        none), and that of all other pairs. Tokens are compared as they enter the block; class tokens are left out.
+        For each block, the mean cosine similarity of the pairs of its input tokens that it merges, and that of all
+        other pairs; NaN where there are none. Tokens are compared as they enter the block; class tokens are left out.
     """
     merged, apart = [], []
     for states, before, after in zip(hidden_states, token_maps, token_maps[1:], strict=False):
         sums = torch.zeros(4, dtype=torch.float64)  # similarity and number of merged pairs, and of the others
         for tokens, slots, next_slots in zip(states, before.flatten(1), after.flatten(1), strict=True):
             sums += _pair_similarity(tokens, slots, next_slots)
-        merged.append((sums[0] / sums[1]).item())
-        apart.append((sums[2] / sums[3]).item())
+        for means, (similarity, number) in zip((merged, apart), sums.view(2, 2).tolist(), strict=True):
+            means.append(similarity / number if number else math.nan)
     return merged, apart
 
 
@@ -284,6 +300,8 @@ def _pair_similarity(tokens: torch.Tensor, slots: torch.Tensor, next_slots: torc
 
 def plot_merged_similarity(merged: Sequence[float], apart: Sequence[float]) -> Figure:
     """Plot what [`merged_similarity`] returns, block by block (Figure 8 of the paper)."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.5, 3), layout="constrained")
     axes = figure.add_subplot()
     blocks = range(1, len(merged) + 1)
