@@ -11,6 +11,7 @@ extras = {
     "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
     "quantization": ["torchao>=0.18"],
     "trackers": ["tensorboard"],
+    "visualization": ["matplotlib>=3.10"],
 }
 extras["test"] = [
     "hypothesis>=6.100",
@@ -25,6 +26,7 @@ extras["test"] = [
     *extras["quantization"],
     *extras["faiss"],
     *extras["onnx"],
+    *extras["visualization"],
 ]
 
 setup(

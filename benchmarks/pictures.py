@@ -33,7 +33,7 @@ from transformers_testa.visualization import (
 )
 
 
-COLORS_IN_PNG = 128  # a palette keeps the pictures small
+NUM_FRAMES_BY_LAYER = 7  # all would make a large picture
 
 
 class Story:
@@ -47,8 +47,8 @@ class Story:
 
 
 def save(picture: Image.Image, file: Path):
-    """Write a PNG file with few colours."""
-    picture.convert("RGB").quantize(COLORS_IN_PNG, dither=Image.Dither.NONE).save(file, optimize=True)
+    """Write a PNG file with a palette, which keeps it small."""
+    picture.convert("RGB").quantize(dither=Image.Dither.NONE).save(file, optimize=True)
     print(f"{file}: {file.stat().st_size // 1000} kB, {picture.width} × {picture.height}")
 
 
@@ -114,25 +114,20 @@ def main(arguments: list[str] | None = None):
     story = stories[args.video_id]
 
     hidden_states, token_maps = trace_layers(model.testa.video_model, story.pixel_values)
-    pictures = draw_merged_regions(story.frames, token_maps[-1][0])
-    numbers = [f"frame {number}" for number in range(len(pictures))]
-    save(contact_sheet(pictures, numbers, columns=6), args.output_dir / "merged.png")
-
-    some = slice(0, 7)
-    by_layer = [draw_merged_regions(story.frames, token_map[0])[some] for token_map in token_maps]
     layer_names = ["input", *(f"block {number}" for number in range(1, len(token_maps)))]
-    captions = [
-        f"{layer_names[layer]}, frame {frame}" for layer, layers in enumerate(by_layer) for frame in range(len(layers))
-    ]
-    save(contact_sheet(np.concatenate(by_layer), captions, columns=len(by_layer[0])), args.output_dir / "layers.png")
-
-    sheets = [
+    by_layer = [draw_merged_regions(story.frames, token_map[0]) for token_map in token_maps]
+    captions = [[f"{name}, frame {number}" for number in range(len(story.frames))] for name in layer_names]
+    save(contact_sheet(by_layer[-1], captions[-1], columns=6), args.output_dir / "merged.png")
+    pictures = np.concatenate([layer[:NUM_FRAMES_BY_LAYER] for layer in by_layer])
+    save(
         contact_sheet(
-            draw_merged_regions(story.frames, token_map[0]),
-            [f"{name}, frame {n}" for n in range(len(story.frames))],
-            6,
-        )
-        for name, token_map in zip(layer_names, token_maps, strict=True)
+            pictures, [name for names in captions for name in names[:NUM_FRAMES_BY_LAYER]], columns=NUM_FRAMES_BY_LAYER
+        ),
+        args.output_dir / "layers.png",
+    )
+    sheets = [
+        contact_sheet(layer[:NUM_FRAMES_BY_LAYER], names[:NUM_FRAMES_BY_LAYER], columns=4)
+        for layer, names in zip(by_layer, captions, strict=True)
     ]
     save_animation(args.output_dir / "layers.gif", np.stack([np.asarray(sheet) for sheet in sheets]), fps=0.7)
 

@@ -278,6 +278,12 @@ def test_a_sheet_has_its_pictures_in_rows_with_captions_of_any_length():
     assert first[1] == third[1] < second[1]
 
 
+def test_sheets_with_as_many_lines_of_text_have_one_size():
+    sheets = [contact_sheet(gray_frames(1), [caption], 1) for caption in ("x", "gpq,", "Áj")]
+    assert len({sheet.size for sheet in sheets}) == 1
+    assert contact_sheet(gray_frames(1), [""], 1).height < sheets[0].height
+
+
 def test_results_show_the_best_frames_in_their_order():
     frames = np.stack([np.full((20, 20, 3), value, dtype=np.uint8) for value in (10, 20, 30, 40)])
     scores = torch.tensor([0.9, 0.1, 0.2, 0.8])

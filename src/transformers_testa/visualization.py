@@ -359,7 +359,7 @@ def save_animation(file: str | Path, pictures: np.ndarray, fps: float = 1.0):
     """
     pictures, file = _check_frames(pictures, "pictures"), Path(file)
     if file.suffix.lower() == ".gif":
-        first, *others = map(Image.fromarray, pictures)
+        first, *others = (Image.fromarray(picture).quantize(dither=Image.Dither.NONE) for picture in pictures)
         first.save(file, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
     elif file.suffix.lower() == ".mp4":
         height, width = pictures.shape[1:3]
@@ -378,9 +378,9 @@ def save_animation(file: str | Path, pictures: np.ndarray, fps: float = 1.0):
 
 
 def _text_height(text: str, font: ImageFont.FreeTypeFont) -> int:
-    if not text:
-        return 0
-    return math.ceil(ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font, spacing=2)[3])
+    """The height of so many lines, whatever their letters: sheets of the same pictures have the same size."""
+    tallest = "\n".join("Ág" for _ in text.splitlines())
+    return math.ceil(ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), tallest, font, spacing=2)[3])
 
 
 def _check_frames(frames: np.ndarray, name: str = "frames") -> np.ndarray:
