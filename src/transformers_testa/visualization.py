@@ -145,7 +145,7 @@ def draw_heat_map(
     least, greatest = limits or (values.min(), values.max())
     heat = ((values - least) / max(greatest - least, 1e-8)).clip(0, 1).reshape(len(frames), rows, columns)
     pictures, heat = _enlarge(frames, heat)
-    colors = 255 * colormaps["inferno"](heat)[..., :3]
+    colors = colormaps["inferno"](heat, bytes=True)[..., :3]
     return ((1 - HEAT) * pictures + HEAT * colors).round().astype(np.uint8)
 
 
@@ -418,11 +418,11 @@ def _find_grid(
 
 
 def _enlarge(frames: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return enlarged frames `[T, H', W', 3]` (float) and the value of `grid [T, rows, columns]` at each pixel."""
+    """Return enlarged frames `[T, H', W', 3]` (float32) and the value of `grid [T, rows, columns]` at each pixel."""
     height, width = frames.shape[1:3]
     rows, columns = grid.shape[1:]
     scale = max(1, math.ceil(PATCH_PIXELS * rows / height), math.ceil(PATCH_PIXELS * columns / width))
-    pictures = frames.repeat(scale, axis=1).repeat(scale, axis=2).astype(np.float64)
+    pictures = frames.repeat(scale, axis=1).repeat(scale, axis=2).astype(np.float32)
     row_of_pixel = np.arange(scale * height) * rows // (scale * height)
     column_of_pixel = np.arange(scale * width) * columns // (scale * width)
     return pictures, grid[:, row_of_pixel[:, None], column_of_pixel]
