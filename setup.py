@@ -12,6 +12,7 @@ extras = {
     "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
     "quantization": ["torchao>=0.18"],
     "trackers": ["tensorboard"],
+    "visualization": ["matplotlib>=3.10"],
 }
 extras["test"] = [
     "hypothesis>=6.100",
@@ -28,6 +29,7 @@ extras["test"] = [
     *extras["quantization"],
     *extras["faiss"],
     *extras["onnx"],
+    *extras["visualization"],
 ]
 
 setup(

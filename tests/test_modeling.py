@@ -421,3 +421,45 @@ def test_autocast_keeps_scores_in_float32():
     for scores in (output.video_embeds, output.text_embeds, output.logits_per_video, matches):
         assert scores.dtype == torch.float32
         assert not torch.equal(scores, scores.to(torch.bfloat16).float())
+
+
+# --- Grounding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["geometry", "prune"])
+def test_grounding_gives_patches_of_one_token_one_score_and_dropped_ones_the_least(strategy):
+    fields = {"merged_patches_per_layer": 1, "merged_frames_per_layer": 1, "aggregation_strategy": strategy}
+    config = TestaConfig(video_config=tiny_video_config(**fields), text_config=tiny_text_config(), projection_dim=16)
+    model = trained(TestaForRetrieval(config))
+    output = model.ground(example_videos(), *example_texts(batch_size=2))
+    token_map = output.video_model_output.token_map
+    assert output.scores.shape == token_map.shape
+    assert torch.equal(output.frame_scores, output.scores.amax(dim=-1))
+    for scores, tokens in zip(output.scores, token_map, strict=True):
+        for token in tokens.unique():
+            assert len(scores[tokens == token].unique()) == 1
+        assert (scores[tokens < 0] == -1).all()
+    assert (token_map < 0).any() == (strategy == "prune")
+
+
+def test_grounding_compares_a_patchs_token_with_a_text_as_videos_are_compared():
+    model = trained(TestaForRetrieval(tiny_config()))
+    videos, (input_ids, attention_mask) = example_videos(1), example_texts(batch_size=3)
+    output = model.ground(videos, input_ids, attention_mask)
+    tokens = output.video_model_output.last_hidden_state[0, output.video_model_output.token_map[0]]
+    with torch.no_grad():
+        text_embeds = model.get_text_features(input_ids, attention_mask).pooler_output
+        expected = torch.cosine_similarity(model.video_projection(tokens)[None], text_embeds[:, None, None], dim=-1)
+    torch.testing.assert_close(output.scores, expected)
+
+
+def test_grounding_reads_several_texts_of_each_video_in_a_row():
+    model = trained(TestaForRetrieval(tiny_config()))
+    videos, (input_ids, attention_mask) = example_videos(2), example_texts(batch_size=6)
+    together = model.ground(videos, input_ids, attention_mask).scores
+    for video in range(2):
+        texts = slice(3 * video, 3 * video + 3)
+        alone = model.ground(videos[video : video + 1], input_ids[texts], attention_mask[texts]).scores
+        torch.testing.assert_close(together[texts], alone)
+    with pytest.raises(ValueError, match="3 texts can't share 2 videos"):
+        model.ground(videos, input_ids[:3], attention_mask[:3])

@@ -116,6 +116,22 @@ class TestaRetrievalOutput(ModelOutput):
 
 
 @dataclass
+class TestaGroundingOutput(ModelOutput):
+    """What [`TestaForRetrieval.ground`] returns.
+
+    Args:
+        scores: `[N, T, L]`, cosine similarity of each text to the output token that each input patch is in; -1, the
+            least there is, where pruning dropped the patch.
+        frame_scores: `[N, T]`, that of the most similar patch of each frame.
+        video_model_output: Everything the video encoder returned.
+    """
+
+    scores: Tensor | None = None
+    frame_scores: Tensor | None = None
+    video_model_output: TestaVideoModelOutput | None = None
+
+
+@dataclass
 class TestaPreTrainingOutput(TestaRetrievalOutput):
     """What [`TestaForPreTraining`] returns: the output of [`TestaForRetrieval`], `loss` being the sum of three, and
 
@@ -1098,6 +1114,38 @@ class TestaForRetrieval(TestaPreTrainedModel):
         input_ids = _replace_first_token(input_ids, self.config.text_config.enc_token_id)
         output = self.testa.text_model(input_ids, attention_mask, encoder_hidden_states=video_hidden_states, **kwargs)
         return apply_head(self.matching_head, output.last_hidden_state[:, 0])
+
+    @torch.no_grad()
+    def ground(
+        self, pixel_values_videos: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> TestaGroundingOutput:
+        """Tell when and where a video shows what a text says (Figure 4 of the paper).
+
+        A token is compared with a text as a whole video is: projected, by cosine. Of what the model offers this finds
+        objects best (see `benchmarks/grounding.py`).
+
+        Args:
+            pixel_values_videos: `[B, T, C, H, W]`.
+            input_ids: `[N, L]`, phrases as the tokenizer gives them. N is a multiple of B, and each video serves N / B
+                texts in a row.
+            attention_mask: `[N, L]`.
+
+        Raises:
+            ValueError: Where N is no multiple of B.
+        """
+        num_videos, num_texts = len(pixel_values_videos), len(input_ids)
+        if num_texts % num_videos:
+            raise ValueError(f"{num_texts} texts can't share {num_videos} videos: the first must be a multiple.")
+        video_output = self.get_video_features(pixel_values_videos, return_dict=True)
+        text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
+        token_embeds = F.normalize(apply_head(self.video_projection, video_output.last_hidden_state), dim=-1)
+        scores = text_embeds.unflatten(0, (num_videos, -1)) @ token_embeds.transpose(1, 2)  # [B, N / B, S]
+        token_map = video_output.token_map[:, None].expand(-1, scores.shape[1], -1, -1)  # [B, N / B, T, L]
+        patch_scores = scores.gather(2, token_map.clamp(min=0).flatten(2)).view_as(token_map)
+        patch_scores = patch_scores.masked_fill(token_map < 0, -1).flatten(0, 1)
+        return TestaGroundingOutput(
+            scores=patch_scores, frame_scores=patch_scores.amax(dim=-1), video_model_output=video_output
+        )
 
     @can_return_tuple
     def forward(

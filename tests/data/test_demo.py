@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 
 from transformers_testa.data import sprites
 from transformers_testa.data.annotations import load_annotations
-from transformers_testa.data.demo import SCENES_PER_CLIP, DemoArguments, main, make_demo
+from transformers_testa.data.demo import SCENES_PER_CLIP, DemoArguments, main, make_demo, plan_demo
+from transformers_testa.data.rendering import count_frames
 from transformers_testa.data.sprites import cutout_kinds, digit_kinds
 
 
@@ -254,3 +255,15 @@ def test_too_few_cutouts_in_a_split_are_an_error(tmp_path):
     write_cutouts(tmp_path, 40)
     with pytest.raises(ValueError, match=r"The (validation|test) split can't be made: .* need 10 different objects"):
         make_demo(DemoArguments(str(tmp_path / "demo"), **SMALL, objects=str(tmp_path)))
+
+
+def test_the_plan_of_a_demo_tells_what_its_videos_show(demo):
+    plans = plan_demo(DemoArguments(**json.loads((demo / "demo.json").read_text()), output_dir="elsewhere"))
+    for split in ("train", "validation", "test"):
+        rows = read_lines(demo / f"{split}.jsonl")
+        assert [row["video_id"] for row in rows] == list(plans[split])
+        for row, story in zip(rows, plans[split].values(), strict=True):
+            assert row["text"].count(".") == len(story.scenes)
+            with av.open(str(demo / row["video"])) as video:
+                frames = sum(count_frames(scene, SMALL["fps"]) for scene in story.scenes)
+                assert video.streams.video[0].frames == frames

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from transformers_testa.data.rendering import render_scene, write_video
+from transformers_testa.data.rendering import locate_objects, render_scene, write_video
 from transformers_testa.data.sprites import COLORS, digit_kinds, draw_sprite, shape_kinds
 from transformers_testa.data.stories import DIRECTIONS, PATTERNS, Background, Scene, StoryObject, World, plan_story
 
@@ -43,6 +43,31 @@ def test_a_scene_has_the_frames_of_its_length():
     frames = render_scene(scene("enter", direction="left"), SIZE, FPS)
     assert frames.shape == (24, SIZE, SIZE, 3)
     assert frames.dtype == np.uint8
+
+
+@pytest.mark.parametrize("action", ["enter", "leave", "move", "grow", "gather"])
+def test_an_object_is_located_where_its_colour_is_seen(action):
+    changes = {"direction": "left"} if action in ("enter", "leave", "move") else {}
+    planned = scene(action, count=3 if action == "gather" else 1, **changes)
+    places = locate_objects(planned, SIZE, FPS)
+    inside = ndimage.binary_erosion(places == 0, np.ones((1, 7, 7)))  # outlines have another colour
+    for frame, place, within in zip(render_scene(planned, SIZE, FPS), places, inside, strict=True):
+        assert is_color(frame, "red")[within].all()
+        assert not is_color(frame, "red")[place < 0].any()
+    assert inside.any()
+
+
+def test_objects_that_meet_are_located_apart():
+    planned = scene("meet", shape(color="red"), shape(color="blue"))
+    for frame, place in zip(render_scene(planned, SIZE, FPS), locate_objects(planned, SIZE, FPS), strict=True):
+        assert (place[is_color(frame, "red")] == 0).all()
+        assert (place[is_color(frame, "blue")] == 1).all()
+
+
+def test_an_object_that_turns_stays_the_same_object():
+    places = locate_objects(scene("turn", new_color="blue"), SIZE, FPS)
+    assert set(np.unique(places)) == {-1, 0}
+    assert (places[0] == places[-1]).all()
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -92,12 +92,8 @@ def make_demo(arguments: DemoArguments) -> int:
         ValueError: If the folder holds a demo made with other arguments, or there are not enough objects.
     """
     output_dir = Path(arguments.output_dir)
-    worlds = _build_worlds(arguments)
+    stories = plan_demo(arguments)
     _claim_folder(output_dir, arguments)
-    stories = {
-        split: _plan_split(worlds[split], split, getattr(arguments, f"num_{split}"), arguments.seed)
-        for split in SPLITS
-    }
     (output_dir / "videos").mkdir(exist_ok=True)
     missing = [
         (output_dir / _video_file(video_id), story)
@@ -114,6 +110,19 @@ def make_demo(arguments: DemoArguments) -> int:
     _write_lines(output_dir / "train_clips.jsonl", rows)
     _write_lines(output_dir / "train_clips_qa.jsonl", questions)
     return len(missing)
+
+
+def plan_demo(arguments: DemoArguments) -> dict[str, dict[str, Story]]:
+    """Plan the stories of each split, by `video_id`; the same arguments always give the same stories.
+
+    Raises:
+        ValueError: If there are not enough objects.
+    """
+    worlds = _build_worlds(arguments)
+    return {
+        split: _plan_split(worlds[split], split, getattr(arguments, f"num_{split}"), arguments.seed)
+        for split in SPLITS
+    }
 
 
 def _build_worlds(arguments: DemoArguments) -> dict[str, World]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,22 +45,51 @@ def render_scene(scene: Scene, image_size: int, fps: int) -> np.ndarray:
         uint8 [T, image_size, image_size, 3], where T is [`count_frames`].
     """
     background = _draw_background(scene.background, image_size)
+    frames = []
+    for placed in _placed_sprites(scene, image_size, fps):
+        frame = background.copy()
+        for _, sprite, corner in placed:
+            frame.paste(sprite, corner, sprite)
+        frames.append(np.asarray(frame))
+    return np.stack(frames)
+
+
+def locate_objects(scene: Scene, image_size: int, fps: int) -> np.ndarray:
+    """Tell where the objects of a scene are in the frames that [`render_scene`] draws.
+
+    Returns:
+        int8 [T, image_size, image_size], the index in `scene.objects` of what is seen at each pixel, -1 for none.
+    """
+    places = np.full((count_frames(scene, fps), image_size, image_size), -1, dtype=np.int8)
+    for place, placed in zip(places, _placed_sprites(scene, image_size, fps), strict=True):
+        for sprite_index, sprite, corner in placed:
+            opacity = Image.new("L", (image_size, image_size))
+            opacity.paste(sprite.getchannel("A"), corner)
+            place[np.asarray(opacity) >= 128] = sprite_index % len(scene.objects)
+    return places
+
+
+def _placed_sprites(
+    scene: Scene, image_size: int, fps: int
+) -> Iterator[list[tuple[int, Image.Image, tuple[int, int]]]]:
+    """What is drawn in each frame: numbers of sprites, sprites, and the corners they are pasted at.
+
+    A sprite has the number of its object; one more is the only object after its turn to a new color.
+    """
     sprites = [_sprite(scene, index, image_size) for index in range(len(scene.objects))]
     if scene.action == "turn":
         sprites.append(_sprite(scene, 0, image_size, scene.new_color))
     num_frames = count_frames(scene, fps)
-    frames = np.empty((num_frames, image_size, image_size, 3), dtype=np.uint8)
     for frame_index in range(num_frames):
-        frame = background.copy()
+        placed = []
         for sprite_index, x, y, scale in _places(scene, frame_index / (num_frames - 1)):
             sprite = sprites[sprite_index]
             if scale != 1:
                 size = [max(1, round(side * scale)) for side in sprite.size]
                 sprite = sprite.resize(size, Image.Resampling.BILINEAR)
             corner = round(x * image_size - sprite.width / 2), round(y * image_size - sprite.height / 2)
-            frame.paste(sprite, corner, sprite)
-        frames[frame_index] = np.asarray(frame)
-    return frames
+            placed.append((sprite_index, sprite, corner))
+        yield placed
 
 
 def count_frames(scene: Scene, fps: int) -> int:

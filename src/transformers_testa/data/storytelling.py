@@ -108,6 +108,11 @@ def tell(story: Story, rng: random.Random) -> str:
     return " ".join(_sentence(scene, words, rng) for scene, words in zip(story.scenes, position_words, strict=True))
 
 
+def name_object(item: StoryObject, count: int = 1) -> str:
+    """The phrase for an object, or so many of its kind: "a red star", "three red stars"."""
+    return _with_article(_named(item)) if count == 1 else f"{NUMBERS[count]} {_named(item, count)}"
+
+
 def _sentence(scene: Scene, position_words: tuple[str, ...], rng: random.Random) -> str:
     template = rng.choice(TEMPLATES[scene.action])
     order, background = rng.choice(position_words), _background_phrase(scene, rng)
