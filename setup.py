@@ -24,6 +24,7 @@ extras["test"] = [
     *extras["peft"],
     *extras["quantization"],
     *extras["faiss"],
+    *extras["notebooks"],
     *extras["onnx"],
 ]
 
