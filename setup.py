@@ -28,6 +28,7 @@ extras["test"] = [
     *extras["peft"],
     *extras["quantization"],
     *extras["faiss"],
+    *extras["notebooks"],
     *extras["onnx"],
     *extras["visualization"],
 ]

@@ -1,13 +1,17 @@
 """What the released code computed (tests/fixtures/original_outputs), as inputs and expectations in this package's terms."""
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from transformers_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
+from transformers_testa.conversion_original import rename_all
 
 
 FOLDER = Path(__file__).parent / "fixtures" / "original_outputs"
@@ -78,3 +82,23 @@ class OriginalCase:
 
 def case_names(prefix: str) -> list[str]:
     return sorted(path.stem for path in FOLDER.glob(f"{prefix}*.json"))
+
+
+def in_released_layout(model: PreTrainedModel, case_name: str) -> dict[str, Tensor]:
+    """Weights of a model of any size under the names that a case has for its own, as a released file holds them.
+
+    The state of training that a file holds beside them is there, too: the teacher is the model itself, queues are the
+    case's.
+    """
+    weights, released = model.state_dict(), {}
+    names = OriginalCase(case_name).state_dict
+    if getattr(model.config, "video_config", model.config).use_temporal_scaling:
+        names["visual_encoder.blocks.0.temporal_scaling"] = torch.empty(0)
+    for name, tensor in names.items():
+        for number in itertools.count():  # the names of the first layer stand for those of all layers
+            layer_name = name.replace(".0.", f".{number}.")
+            own_name = rename_all(re.sub(r"^(\w+)_m\.", r"\1.", layer_name))
+            if number > 0 and (layer_name == name or own_name not in weights):
+                break
+            released[layer_name] = weights.get(own_name, tensor)
+    return released

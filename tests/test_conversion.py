@@ -1,3 +1,5 @@
+import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from transformers_testa import TestaForRetrieval, TestaProcessor, TestaVideoMode
 from transformers_testa.conversion_original import convert_original
 
 
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "conversion.py"
 DEMO = Path(__file__).parents[1] / "hub_configs" / "testa-demo"
 MODELS = {
     "encoder": ("video", "TestaVideoModel"),
@@ -284,3 +287,12 @@ def test_blip_and_timesformer_are_sources_as_well(tmp_path):
     TimesformerModel(config).save_pretrained(tmp_path / "timesformer")
     conversion.main([str(tmp_path / "timesformer"), str(tmp_path / "encoder"), "--from", "timesformer"])
     assert TestaVideoModel.from_pretrained(tmp_path / "encoder").config.num_attention_heads == 4
+
+
+@pytest.mark.slow
+def test_a_full_size_checkpoint_takes_at_most_a_minute_and_four_gibibytes(tmp_path):
+    runpy.run_path(str(BENCHMARK))["main"](["--output", str(tmp_path / "figures.json")])
+    rows = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert [row["architecture"] for row in rows] == ["retrieval", "pretraining", "videoqa"]
+    for row in rows:
+        assert row["seconds"] < 60 and row["peak_gibibytes"] < 4, row

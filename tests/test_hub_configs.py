@@ -60,6 +60,7 @@ def test_auto_classes_load_every_repository(folder):
         text_config.enc_token_id,
         text_config.sep_token_id,
     ]
+    assert tokenizer.decode([text_config.bos_token_id, text_config.enc_token_id], skip_special_tokens=True) == ""
     with torch.device("meta"):
         assert type(AutoModel.from_config(config)) is TestaModel
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from .configuration_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
 from .conversion_weights import choose_architecture, load_weights, read_checkpoint, rename
@@ -96,7 +97,9 @@ def convert_original(
     model_class, new_name, infer_config = choose_architecture(architecture, _ARCHITECTURES)
     tensors, source = read_checkpoint(path_or_state_dict)
     kept, dropped = split_dropped(tensors)
-    model = model_class(config if config is not None else infer_config(kept, source))
+    with no_init_weights():  # every weight is in the file, or it is an error
+        model = model_class(config if config is not None else infer_config(kept, source))
+    model.tie_weights()
     load_weights(model, {new_name(name): tensor for name, tensor in kept.items()}, source)
     return model.eval(), dropped
 

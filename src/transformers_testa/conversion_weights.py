@@ -3,6 +3,7 @@
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def read_checkpoint(path_or_state_dict: str | Path | Mapping[str, Any]) -> tuple
         if not path.is_file():
             raise FileNotFoundError(f"{source} is no file. Give the path of a .pth file.")
         try:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped into memory, what is dropped (often as much as what is used) is never read.
+            state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{source} is no plain file of tensors: it is damaged, or it holds code, which is never executed. "
