@@ -47,7 +47,7 @@ def moving_pictures(num_frames: int) -> Iterator[np.ndarray]:
     insides = [np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2)) < size / 2 for size in DISC_SIZES]
     phases = random.uniform(0, 2 * np.pi, (len(discs), 2))
     speeds = random.uniform(0.2, 1.2, (len(discs), 2))
-    grain = random.normal(0, 2, (GRAIN_PICTURES, HEIGHT, WIDTH, 1)).astype(np.int16)
+    grain = random.normal(0, 3, (GRAIN_PICTURES, HEIGHT, WIDTH, 1)).astype(np.int16)
     for number in range(num_frames):
         seconds = number / RATE
         top, left = _position(background, HEIGHT, WIDTH, np.array([0.0, 0.0]), np.array([0.23, 0.17]), seconds)
@@ -70,7 +70,7 @@ def _texture(random: np.random.Generator, height: int, width: int) -> np.ndarray
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf
     spectrum = random.normal(size=(3, *frequency.shape)) + 1j * random.normal(size=(3, *frequency.shape))
-    channels = np.fft.irfft2(spectrum / frequency**1.2, (height, width))
+    channels = np.fft.irfft2(spectrum / frequency**1.5, (height, width))
     channels /= channels.std(axis=(1, 2), keepdims=True)
     channels[1:] = 0.7 * channels[0] + 0.3 * channels[1:]
     return np.clip(120 + 50 * channels, 0, 255).astype(np.uint8).transpose(1, 2, 0)

@@ -273,13 +273,16 @@ def _decode(stream: av.VideoStream, packets: Iterable[av.Packet], name: str) -> 
 
 
 def _frames_of_run(
-    container: av.container.InputContainer, stream: av.VideoStream, run: Run, skip_disposable: bool
+    container: av.container.InputContainer, stream: av.VideoStream, run: Run, is_reordered: bool
 ) -> Iterator[av.VideoFrame]:
-    """Yield the wanted frames of a run; no packet that comes after the last of them in the file is decoded.
-
-    With `skip_disposable` the decoder drops those of the others that no frame refers to.
-    """
-    container.seek(run.seek_to, stream=stream)
+    """Yield the wanted frames of a run, decoding as little as they need."""
+    # Some files hold frames in another order than they are shown and number them as if they did not (H.264 in AVI).
+    # This is found out when they are decoded, if nothing is left out.
+    may_leave_out = is_reordered or not stream.codec_context.has_b_frames
+    # H.264 marks frames that no other refers to, which the decoder can drop. HEVC does so within a sub-layer only.
+    may_drop = may_leave_out and stream.codec_context.name == "h264"
+    # In MP4 files FFmpeg looks for the time when a frame is shown: that of decoding leads to the key frame before.
+    container.seek(run.pts[0] if "mp4" in container.format.name else run.seek_to, stream=stream)
     # MPEG program streams may renumber packets after a seek: a timestamp alone does not tell the key packet.
     key = (run.pts[0], run.key_size)
     packets = itertools.dropwhile(lambda packet: (packet.pts, packet.size) != key, _packets(container, stream))
@@ -288,13 +291,13 @@ def _frames_of_run(
     def needed_packets() -> Iterator[av.Packet | None]:
         missing = set(run.wanted)
         for packet in packets:
-            is_needed = not skip_disposable or packet.is_keyframe or packet.pts in run.wanted
-            stream.codec_context.skip_frame = "DEFAULT" if is_needed else "NONREF"
-            if is_needed:
+            is_certain = not may_drop or packet.is_keyframe or packet.pts in run.wanted
+            stream.codec_context.skip_frame = "DEFAULT" if is_certain else "NONREF"
+            if is_certain:
                 certain.add(packet.pts)
             yield packet
             missing.discard(packet.pts)
-            if not missing:
+            if may_leave_out and not missing:
                 break
         yield None
 
@@ -414,11 +417,8 @@ class VideoReader:
         def decode():
             with self._open(data) as container:
                 stream = self._video_stream(container, threads // decoders)
-                # H.264 marks the frames that no other refers to. HEVC does so within a sub-layer only; older codecs
-                # are found in files whose timestamps are guesses, which a dropped frame would hide.
-                skip_disposable = stream.codec_context.name == "h264" and index.is_reordered
                 for number, run in waiting:
-                    pixels[number] = list(self._to_rgb(_frames_of_run(container, stream, run, skip_disposable)))
+                    pixels[number] = list(self._to_rgb(_frames_of_run(container, stream, run, index.is_reordered)))
 
         with ThreadPoolExecutor(decoders) as pool:
             for decoder in [pool.submit(decode) for _ in range(decoders)]:
