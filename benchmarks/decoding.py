@@ -132,6 +132,14 @@ def lend_ffmpeg_to_torchcodec():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="Where the videos are kept.")
+    parser.add_argument(
+        "--gop",
+        type=int,
+        nargs="+",
+        choices=GROUPS_OF_PICTURES,
+        default=GROUPS_OF_PICTURES,
+        help="Which files; else both.",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="Runs of each decoder; the median counts.")
     parser.add_argument("--output", type=Path, help="JSON file for the figures.")
     args = parser.parse_args()
@@ -142,7 +150,7 @@ def main():
     print(machine)
     args.folder.mkdir(parents=True, exist_ok=True)
     rows, ratios = [], []
-    for group_of_pictures in GROUPS_OF_PICTURES:
+    for group_of_pictures in args.gop:
         path = args.folder / f"moving_pictures_{ENCODED_FRAMES * REPEATS_OF_THEM}_frames_gop_{group_of_pictures}.mp4"
         if not path.exists():
             write_moving_pictures(path, ENCODED_FRAMES, group_of_pictures, REPEATS_OF_THEM)
