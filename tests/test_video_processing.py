@@ -11,16 +11,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoVideoProcessor
+from transformers.image_utils import PILImageResampling
 from transformers_common_tests import load
 from video_files import frame_number, numbered_frame, plain_decode, write_audio, write_video
 
 from transformers_testa.video_decoding_testa import (
     FRAME_SAMPLING,
+    PacketIndex,
     VideoDecodingError,
     VideoReader,
     sample_frame_indices,
 )
-from transformers_testa.video_processing_testa import TestaVideoProcessor
+from transformers_testa.video_processing_testa import TestaVideoProcessor, available_threads
 
 
 load()
@@ -55,11 +57,13 @@ CLIPS = {
     "odd_size.mp4": {"codec_options": SHORT_GOP, "height": 65, "width": 97, "pix_fmt": "yuv444p"},
     "starts_late.ts": {"codec_options": SHORT_GOP, "frame_times": 5 + np.arange(NUM_FRAMES) / 25},
     "starts_late.mp4": {"codec_options": SHORT_GOP, "frame_times": 5 + np.arange(NUM_FRAMES) / 25},
+    "h264_open_gop.ts": {"codec_options": {**SHORT_GOP, "x264-params": "open-gop=1"}},
+    "h264_b_frames.avi": {"codec_options": SHORT_GOP},
+    "only_key_frames.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
     "without_timestamps.h264": {"codec_options": SHORT_GOP},
 }
-DECODED_BY_SEEKING = [
-    name for name in CLIPS if name not in ("h264_intra_refresh.mp4", "mpeg2.mpg", "without_timestamps.h264")
-]
+NOT_DECODED_BY_SEEKING = ("h264_intra_refresh.mp4", "h264_b_frames.avi", "mpeg2.mpg", "without_timestamps.h264")
+DECODED_BY_SEEKING = [name for name in CLIPS if name not in NOT_DECODED_BY_SEEKING]
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +103,12 @@ def indices(processor, video, **kwargs):
 
 @pytest.mark.parametrize("name", CLIPS)
 @settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(num_frames=st.integers(1, NUM_FRAMES + 5), seed=st.integers(0, 1000))
-def test_frame_n_is_the_nth_frame_of_a_plain_decode(clip, processor, name, num_frames, seed):
+@given(num_frames=st.integers(1, NUM_FRAMES + 5), seed=st.integers(0, 1000), threads=st.integers(1, 5))
+def test_frame_n_is_the_nth_frame_of_a_plain_decode(clip, processor, name, num_frames, seed, threads):
     path, expected = clip(name)
     assert len(expected) == NUM_FRAMES
     sampling = {"num_frames": num_frames, "frame_sampling": "random", "seed": seed}
-    frames = processor.decode(path, **sampling).permute(0, 2, 3, 1).numpy()
+    frames = processor.decode(path, decoding_threads=threads, **sampling).permute(0, 2, 3, 1).numpy()
     chosen = indices(processor, path, **sampling)
     assert len(chosen) == num_frames
     for frame, number in zip(frames, chosen, strict=True):
@@ -127,6 +131,69 @@ def test_one_frame_is_found_without_decoding_the_whole_file(clip, processor, nam
 def processor_time(path, processor, number):
     (metadata,) = processor(path, do_sample_frames=False, return_metadata=True)["video_metadata"]
     return metadata.timestamps[number]
+
+
+@st.composite
+def key_frames_and_wanted(draw):
+    keys = sorted({0, *draw(st.sets(st.integers(1, NUM_FRAMES - 1)))})
+    wanted = sorted(draw(st.sets(st.integers(0, NUM_FRAMES - 1), min_size=1)))
+    return np.array(keys), np.array(wanted)
+
+
+def packet_index(keys):
+    key_of_frame = keys[np.searchsorted(keys, np.arange(NUM_FRAMES), side="right") - 1]
+    return PacketIndex(np.arange(NUM_FRAMES), key_of_frame, np.ones(NUM_FRAMES), key_of_frame, is_reordered=True)
+
+
+@given(key_frames_and_wanted(), st.integers(1, 8))
+def test_no_frame_is_decoded_twice_or_without_need(keys_and_wanted, threads):
+    keys, wanted = keys_and_wanted
+    runs = packet_index(keys).runs(wanted, threads)
+    assert [frame for run in runs for frame in run.pts if frame in run.wanted] == wanted.tolist()
+    decoded = [frame for run in runs for frame in run.pts]
+    assert len(decoded) == len(set(decoded))
+    for frame in decoded:
+        next_wanted = wanted[np.searchsorted(wanted, frame)]
+        assert not ((keys > frame) & (keys <= next_wanted)).any()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "threads", "expected"),
+    [
+        ([7, 8, 9], 1, [[5, 6, 7, 8, 9]]),
+        ([4, 5], 1, [[0, 1, 2, 3, 4, 5]]),
+        ([3, 6], 1, [[0, 1, 2, 3], [5, 6]]),
+        (list(range(20)), 1, [list(range(20))]),
+        (list(range(20)), 2, [list(range(10)), list(range(10, 20))]),
+        (list(range(20)), 4, [list(range(start, start + 5)) for start in (0, 5, 10, 15)]),
+    ],
+)
+def test_a_decoder_seeks_to_leave_frames_out_or_to_share_the_work(wanted, threads, expected):
+    runs = packet_index(np.arange(0, NUM_FRAMES, 5)).runs(np.array(wanted), threads)
+    assert [run.pts for run in runs] == expected
+
+
+class ThreadsOfWorker(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, number):
+        return available_threads()
+
+
+def test_a_worker_of_a_data_loader_decodes_in_one_thread():
+    assert next(iter(torch.utils.data.DataLoader(ThreadsOfWorker(), num_workers=1))).item() == 1
+
+
+@pytest.mark.parametrize("resample", [PILImageResampling.BICUBIC, PILImageResampling.BILINEAR])
+def test_files_and_arrays_are_scaled_alike_but_for_a_few_levels(tmp_path, resample):
+    """By FFmpeg and by torchvision, here from 4 to 1: pictures with hard edges in full colours, the worst case."""
+    path = write_video(tmp_path / "large.mp4", 4, height=256, width=256, codec_options={"crf": "10"})
+    processor = TestaVideoProcessor(size={"height": 64, "width": 64}, resample=resample, num_frames=4)
+    of_file = processor.decode(path).float()
+    of_array = processor.decode(processor.decode(path, do_resize=False)).float()
+    difference = (of_file - of_array).abs()
+    assert difference.mean() < 3 and difference.quantile(0.9) < 10
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])

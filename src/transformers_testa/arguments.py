@@ -7,10 +7,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
 from transformers_testa.data.benchmarks import BENCHMARKS
+from transformers_testa.video_processing_testa import available_threads
 
 
 @dataclass
@@ -192,7 +194,13 @@ class TrainingArguments:
         default=None, metadata={"help": "Steps between checkpoints; an epoch if not given."}
     )
     logging_steps: int = field(default=10, metadata={"help": "Steps between reports of the loss."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode videos."})
+    num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that decode the next batches; if not given, 0 on a CPU, which is busy with the model, and "
+            "beside a GPU one for each other core, up to 8."
+        },
+    )
     report_to: str = field(default="none", metadata={"help": "A tracker of Accelerate, such as tensorboard, or none."})
 
     def __post_init__(self):
@@ -201,6 +209,8 @@ class TrainingArguments:
             value, least = getattr(self, argument.name), lowest.get(argument.name, 1)
             if argument.type in (int, int | None) and argument.name != "seed" and value is not None and value < least:
                 raise ValueError(f"{argument.name} is {value}; at least {least} is needed.")
+        if self.num_workers is None:
+            self.num_workers = min(8, available_threads() - 1) if torch.cuda.is_available() else 0
         if (self.do_train or self.do_eval or self.do_predict) and self.output_dir is None:
             raise ValueError("output_dir is missing: the folder where checkpoints, model and results go.")
         if not 0 <= self.warmup_ratio <= 1:

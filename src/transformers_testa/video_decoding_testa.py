@@ -5,6 +5,7 @@ import itertools
 import os
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ SELF_CONTAINED_FORMATS = (
 )
 DOWNLOAD_TIMEOUT_SECONDS = 60
 TIME_TOLERANCE_SECONDS = 1e-6
+
+# More threads than this hardly speed up one video, and each has a decoder with pictures of its own.
+MAX_THREADS_PER_VIDEO = 16
 
 INTERPOLATION = {
     PILImageResampling.NEAREST: "POINT",
@@ -173,13 +177,28 @@ def _frames_shown_at(timeline: Timeline, seconds: float | np.ndarray) -> np.ndar
 
 
 @dataclass(frozen=True)
+class Run:
+    """What one decoder reads in one go: where to seek, the size of the key packet that it starts from, the timestamps
+    of all frames from there to the last one that is wanted, and of those that are."""
+
+    seek_to: int
+    key_size: int
+    pts: list[int]
+    wanted: set[int]
+
+
+@dataclass(frozen=True)
 class PacketIndex:
-    """For each frame in the order shown: its timestamp, the key packet decoding has to start from, where to seek."""
+    """For each frame in the order shown: its timestamp, the key packet decoding has to start from, where to seek.
+
+    `is_reordered`: some frame is shown before another that precedes it in the file.
+    """
 
     pts: np.ndarray
     key_pts: np.ndarray
     key_size: np.ndarray
     seek_to: np.ndarray
+    is_reordered: bool
 
     @classmethod
     def from_packets(cls, packets: Iterable[av.Packet]) -> "PacketIndex | None":
@@ -206,7 +225,34 @@ class PacketIndex:
         shown = shown[np.argsort(pts[shown])]
         if (pts < pts[key]).any() or not len(shown):
             return None
-        return cls(pts[shown], pts[key[shown]], size[key[shown]], seek_to[key[shown]])
+        is_reordered = bool((np.diff(pts) < 0).any())
+        return cls(pts[shown], pts[key[shown]], size[key[shown]], seek_to[key[shown]], is_reordered)
+
+    def runs(self, wanted: np.ndarray, threads: int) -> list[Run]:
+        """Cut the `wanted` frames (ascending) where it pays to seek, and where several threads can share the work.
+
+        It pays where a key frame lies between two wanted frames and others before it, which are then left out. At
+        other key frames a decoder reads on, until it has a thread's share of the frames.
+        """
+        keys = np.searchsorted(self.pts, self.key_pts[wanted])
+        previous = np.concatenate([[-1], wanted[:-1]])
+        leaves_out = keys > previous + 1
+        decoded = np.cumsum(wanted - np.maximum(keys - 1, previous))
+        share = decoded[-1] / threads
+        starts, decoded_before = [], 0
+        for position in np.flatnonzero(np.diff(keys, prepend=-1)):
+            if not starts or leaves_out[position] or decoded[position] - decoded_before > share:
+                starts.append(position)
+                decoded_before = decoded[position - 1] if position else 0
+        return [
+            Run(
+                seek_to=int(self.seek_to[run[0]]),
+                key_size=int(self.key_size[run[0]]),
+                pts=self.pts[key : run[-1] + 1].tolist(),
+                wanted=set(self.pts[run].tolist()),
+            )
+            for key, run in zip(keys[starts], np.split(wanted, starts[1:]), strict=True)
+        ]
 
 
 class _UnexpectedFrameError(Exception):
@@ -226,33 +272,47 @@ def _decode(stream: av.VideoStream, packets: Iterable[av.Packet], name: str) -> 
             logger.warning_once(f"{name} has damaged packets, which are skipped.")
 
 
-def _decode_from(
-    stream: av.VideoStream, packets: Iterable[av.Packet], key_pts: int, key_size: int, name: str
+def _frames_of_run(
+    container: av.container.InputContainer, stream: av.VideoStream, run: Run, is_reordered: bool
 ) -> Iterator[av.VideoFrame]:
+    """Yield the wanted frames of a run, decoding as little as they need."""
+    # Some files hold frames in another order than they are shown and number them as if they did not (H.264 in AVI).
+    # This is found out when they are decoded, if nothing is left out.
+    may_leave_out = is_reordered or not stream.codec_context.has_b_frames
+    # H.264 marks frames that no other refers to, which the decoder can drop. HEVC does so within a sub-layer only.
+    may_drop = may_leave_out and stream.codec_context.name == "h264"
+    # In MP4 files FFmpeg looks for the time when a frame is shown: that of decoding leads to the key frame before.
+    container.seek(run.pts[0] if "mp4" in container.format.name else run.seek_to, stream=stream)
     # MPEG program streams may renumber packets after a seek: a timestamp alone does not tell the key packet.
-    packets = itertools.dropwhile(lambda packet: (packet.pts, packet.size) != (key_pts, key_size), packets)
-    return itertools.dropwhile(lambda frame: frame.pts is None or frame.pts < key_pts, _decode(stream, packets, name))
+    key = (run.pts[0], run.key_size)
+    packets = itertools.dropwhile(lambda packet: (packet.pts, packet.size) != key, _packets(container, stream))
+    certain = set()
 
+    def needed_packets() -> Iterator[av.Packet | None]:
+        missing = set(run.wanted)
+        for packet in packets:
+            is_certain = not may_drop or packet.is_keyframe or packet.pts in run.wanted
+            stream.codec_context.skip_frame = "DEFAULT" if is_certain else "NONREF"
+            if is_certain:
+                certain.add(packet.pts)
+            yield packet
+            missing.discard(packet.pts)
+            if may_leave_out and not missing:
+                break
+        yield None
 
-def _frames_by_seeking(
-    container: av.container.InputContainer, stream: av.VideoStream, index: PacketIndex, wanted: np.ndarray, name: str
-) -> Iterator[av.VideoFrame]:
-    """Yield the `wanted` frames (ascending), seeking to the key frame before each unless it is already passed."""
-    frames = iter(())
-    position = -1
-    for number in wanted:
-        key_pts, key_size = index.key_pts[number], index.key_size[number]
-        run_start = int(np.searchsorted(index.pts, key_pts))
-        if position < run_start:
-            container.seek(int(index.seek_to[number]), stream=stream)
-            frames = _decode_from(stream, _packets(container, stream), key_pts, key_size, name)
-            position = run_start
-        while position <= number:
-            frame = next(frames, None)
-            if frame is None or frame.pts != index.pts[position]:
-                raise _UnexpectedFrameError
-            position += 1
-        yield frame
+    expected = iter(run.pts)
+    for frame in itertools.chain.from_iterable(map(stream.decode, needed_packets())):
+        # What comes before the key frame may refer to frames before the seek.
+        if frame.pts is not None and frame.pts < run.pts[0]:
+            continue
+        if frame.pts != next((pts for pts in expected if pts == frame.pts or pts in certain), None):
+            raise _UnexpectedFrameError
+        if frame.pts in run.wanted:
+            yield frame
+        if frame.pts == run.pts[-1]:
+            return
+    raise _UnexpectedFrameError
 
 
 def _frames_by_counting(frames: Iterable[av.VideoFrame], wanted: np.ndarray) -> Iterator[av.VideoFrame]:
@@ -288,11 +348,14 @@ class VideoReader:
         source: path, http(s) URL, or the bytes of a file.
         target_size: function of (height, width) of an upright frame to the (height, width) wanted.
         interpolation: PyAV's name of the scaling filter.
+        threads: how many may decode at a time. Where the wanted frames lie between several key frames, each thread
+            decodes from a key frame of its own; otherwise the codec's own threads are used.
     """
 
     source: VideoSource
     target_size: Callable[[int, int], tuple[int, int]]
     interpolation: str = "BICUBIC"
+    threads: int = 1
 
     @property
     def name(self) -> str:
@@ -308,7 +371,7 @@ class VideoReader:
             data = self._download() if _is_url(self.source) else self.source
             try:
                 return self._read_indexed(data, selection)
-            except _UnexpectedFrameError:
+            except (_UnexpectedFrameError, av.InvalidDataError):
                 logger.info(f"{self.name}: frames and packets disagree; decoding from the start.")
             return self._read_sequentially(data, selection)
         except (av.FFmpegError, OSError) as error:
@@ -324,28 +387,43 @@ class VideoReader:
             container_options={"protocol_whitelist": "file", "format_whitelist": SELF_CONTAINED_FORMATS},
         )
 
-    def _video_stream(self, container: av.container.InputContainer) -> av.VideoStream:
+    def _video_stream(self, container: av.container.InputContainer, threads: int) -> av.VideoStream:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise VideoDecodingError(f"{self.name} has no video stream.")
         if streams[0].codec_context is None:
             raise VideoDecodingError(f"{self.name} is encoded with a codec that PyAV cannot decode.")
         streams[0].thread_type = "AUTO"
+        streams[0].codec_context.thread_count = threads
         return streams[0]
 
     def _read_indexed(self, data: VideoSource, selection: FrameSelection) -> tuple[np.ndarray, VideoMetadata]:
         with self._open(data) as container:
-            stream = self._video_stream(container)
+            stream = self._video_stream(container, 1)
             index = PacketIndex.from_packets(_packets(container, stream))
             self._check_complete(container, stream)
             if index is None:
                 raise _UnexpectedFrameError
             timeline = self._timeline(list(index.pts), stream)
-            indices = selection.indices(timeline)
-            wanted = np.unique(indices)
-            return self._finish(
-                _frames_by_seeking(container, stream, index, wanted, self.name), wanted, indices, timeline
-            )
+        indices = selection.indices(timeline)
+        wanted = np.unique(indices)
+        threads = min(self.threads, MAX_THREADS_PER_VIDEO)
+        runs = index.runs(wanted, threads)
+        decoders = min(threads, len(runs))
+        pixels = [None] * len(runs)
+        # Whoever is free takes the next run, as they differ in length.
+        waiting = iter(enumerate(runs))
+
+        def decode():
+            with self._open(data) as container:
+                stream = self._video_stream(container, threads // decoders)
+                for number, run in waiting:
+                    pixels[number] = list(self._to_rgb(_frames_of_run(container, stream, run, index.is_reordered)))
+
+        with ThreadPoolExecutor(decoders) as pool:
+            for decoder in [pool.submit(decode) for _ in range(decoders)]:
+                decoder.result()
+        return self._finish(list(itertools.chain.from_iterable(pixels)), wanted, indices, timeline)
 
     def _read_sequentially(self, data: VideoSource, selection: FrameSelection) -> tuple[np.ndarray, VideoMetadata]:
         """Decode twice from the start, to count the frames and to fetch the wanted ones.
@@ -354,7 +432,7 @@ class VideoReader:
         hidden or damaged packets.
         """
         with self._open(data) as container:
-            stream = self._video_stream(container)
+            stream = self._video_stream(container, self.threads)
             pts = [frame.pts for frame in _decode(stream, _packets(container, stream), self.name)]
             if not pts:
                 raise VideoDecodingError(f"{self.name} holds no frame that can be decoded.")
@@ -362,9 +440,10 @@ class VideoReader:
         indices = selection.indices(timeline)
         wanted = np.unique(indices)
         with self._open(data) as container:
-            stream = self._video_stream(container)
+            stream = self._video_stream(container, self.threads)
             frames = _decode(stream, _packets(container, stream), self.name)
-            return self._finish(_frames_by_counting(frames, wanted), wanted, indices, timeline)
+            pixels = list(self._to_rgb(_frames_by_counting(frames, wanted)))
+        return self._finish(pixels, wanted, indices, timeline)
 
     def _check_complete(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
         missing = sum(entry.pos + entry.size > container.size for entry in stream.index_entries)
@@ -385,9 +464,9 @@ class VideoReader:
         return Timeline(self.name, times, float(times[-1] + last_frame_lasts))
 
     def _finish(
-        self, frames: Iterator[av.VideoFrame], wanted: np.ndarray, indices: np.ndarray, timeline: Timeline
+        self, frames: list[np.ndarray], wanted: np.ndarray, indices: np.ndarray, timeline: Timeline
     ) -> tuple[np.ndarray, VideoMetadata]:
-        pixels = np.stack(list(self._to_rgb(frames)))
+        pixels = np.stack(frames)
         metadata = DecodedVideoMetadata(
             total_num_frames=len(timeline.times),
             fps=len(timeline.times) / timeline.duration,

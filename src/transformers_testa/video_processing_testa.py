@@ -30,6 +30,9 @@ class TestaVideoProcessorKwargs(VideosKwargs, total=False):
             Makes the random modes of `frame_sampling` repeatable.
         strict (`bool`):
             Refuse videos with fewer than `num_frames` frames instead of repeating some.
+        decoding_threads (`int`):
+            Threads that decode, shared by the videos of a call. If not given, as many as there are cores for this
+            process; one in a worker of a `DataLoader`.
     """
 
     frame_sampling: str | None
@@ -37,15 +40,19 @@ class TestaVideoProcessorKwargs(VideosKwargs, total=False):
     end: int | float | list[int | float | None] | None
     seed: int | list[int | None] | None
     strict: bool | None
+    decoding_threads: int | None
 
 
 class TestaVideoProcessor(BaseVideoProcessor):
     """Turns videos into `pixel_values_videos`, float32 `[B, T, C, H, W]`.
 
     A video is a path, an http(s) URL, the bytes of a file, an array or tensor `[T, H, W, C]` or `[T, C, H, W]`, or a
-    list of frames. From files only the chosen frames are decoded, several files in parallel. All settings can be
-    given at construction, saved, and overridden per call; `num_frames` and `fps` exclude each other.
-    `do_sample_frames=False` takes every frame of a video.
+    list of frames. From files only what the chosen frames need is decoded, several files in parallel, and one file in
+    several places. All settings can be given at construction, saved, and overridden per call; `num_frames` and `fps`
+    exclude each other. `do_sample_frames=False` takes every frame of a video.
+
+    Frames of files are scaled by FFmpeg while they are converted to RGB, with a filter of the name that `resample` has;
+    arrays are scaled by torchvision, with antialiasing. The two differ by one or two of 255 levels on average.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -76,17 +83,19 @@ class TestaVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"{', '.join(unknown)}: no such argument of {type(self).__name__}.")
         videos = _flatten_videos(videos)
         selections = self._selections(len(videos), kwargs)
+        threads = kwargs.pop("decoding_threads", None) or self.decoding_threads or available_threads()
+        threads_per_video = max(1, threads // len(videos))
         metadata = kwargs.pop("video_metadata", None)
         metadata = [None] * len(videos) if metadata is None else make_batched_metadata(videos, metadata)
         input_data_format = kwargs.pop("input_data_format", None)
 
         def load(number: int) -> tuple[torch.Tensor, VideoMetadata]:
             if isinstance(videos[number], VideoSource):
-                return self._read(videos[number], selections[number], kwargs)
+                return self._read(videos[number], selections[number], threads_per_video, kwargs)
             video = _channels_first(videos[number], f"video {number}", input_data_format)
             return _select_frames(video, f"video {number}", metadata[number], selections[number])
 
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             frames, metadata = zip(*pool.map(load, range(len(videos))), strict=True)
         return super().preprocess(
             list(frames),
@@ -156,7 +165,7 @@ class TestaVideoProcessor(BaseVideoProcessor):
         ]
 
     def _read(
-        self, source: VideoSource, selection: FrameSelection, kwargs: dict
+        self, source: VideoSource, selection: FrameSelection, threads: int, kwargs: dict
     ) -> tuple[torch.Tensor, VideoMetadata]:
         do_resize, resample, size, default_to_square = (
             kwargs.get(name, getattr(self, name)) for name in ("do_resize", "resample", "size", "default_to_square")
@@ -172,9 +181,17 @@ class TestaVideoProcessor(BaseVideoProcessor):
             return tuple(self.resize(picture, size, resample).shape[-2:])
 
         size = self._standardize_kwargs(size=size, default_to_square=default_to_square)["size"]
-        reader = VideoReader(source, target_size, INTERPOLATION[resample] if do_resize else "BICUBIC")
+        reader = VideoReader(source, target_size, INTERPOLATION[resample] if do_resize else "BICUBIC", threads)
         frames, metadata = reader.read(selection)
         return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), metadata
+
+
+def available_threads() -> int:
+    """Return how many threads may decode in this process: its share of the cores, or one in a `DataLoader`'s worker."""
+    if torch.utils.data.get_worker_info() is not None:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _flatten_videos(videos) -> list:

@@ -69,7 +69,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         row = self.table[index]
         pair_id = self.pair_ids[row["video_id"]]
         if self.frames is None:
-            found = _decode(row, self.video_processor, seed)
+            found = _decode(row, self.video_processor, seed=seed)
         else:
             cached = self.frames[pair_id]
             found = {"error": cached["error"]} if cached["error"] else {"frames": _from_bytes(cached)}
@@ -113,11 +113,12 @@ class VideoQuestionsDataset(VideoTextDataset):
         return {**super().__getitem__((self.rows_of_video[number][0], seed)), "questions": questions}
 
 
-def _decode(row: dict, video_processor: TestaVideoProcessor, seed: int | None = None) -> dict:
+def _decode(row: dict, video_processor: TestaVideoProcessor, **settings: int | None) -> dict:
     try:
         if row["video"].lower().endswith(IMAGE_SUFFIXES):
             return {"frames": _static_video(_read_image(row["video"]), video_processor)}
-        return {"frames": video_processor.decode(row["video"], start=row.get("start"), end=row.get("end"), seed=seed)}
+        clip = {"start": row.get("start"), "end": row.get("end")}
+        return {"frames": video_processor.decode(row["video"], **clip, **settings)}
     except VideoDecodingError as error:
         return {"error": str(error)}
 
@@ -160,7 +161,7 @@ def cache_frames(
         table: What [`load_annotations`] returns.
         video_processor: Decodes and samples the frames.
         cache_dir: Where the file goes; a folder of the datasets library's cache if not given.
-        num_proc: Processes that decode.
+        num_proc: Processes that decode, with one thread each; if not given, this one, with all its threads.
 
     Returns:
         One row a distinct video, in the order of [`distinct_videos`]: `frames` (uint8, as bytes), `shape`
@@ -181,7 +182,7 @@ def cache_frames(
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
     return videos.map(
         _decode_to_bytes,
-        fn_kwargs={"video_processor": video_processor},
+        fn_kwargs={"video_processor": video_processor, "decoding_threads": 1 if num_proc else None},
         remove_columns=videos.column_names,
         features=datasets.Features(
             frames=datasets.Value("large_binary"),
@@ -204,8 +205,8 @@ def _clip_identity(row: dict) -> list:
     return [*clip, status.st_size, status.st_mtime_ns]
 
 
-def _decode_to_bytes(row: dict, video_processor: TestaVideoProcessor) -> dict:
-    found = _decode(row, video_processor)
+def _decode_to_bytes(row: dict, video_processor: TestaVideoProcessor, decoding_threads: int | None) -> dict:
+    found = _decode(row, video_processor, decoding_threads=decoding_threads)
     frames = found.get("frames", torch.empty(0, dtype=torch.uint8))
     return {"frames": frames.numpy().tobytes(), "shape": list(frames.shape), "error": found.get("error")}
 
