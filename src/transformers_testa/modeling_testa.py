@@ -522,13 +522,9 @@ class TestaPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, TestaVideoEmbeddings):
             init.trunc_normal_(module.class_token, std=std)
-            # As large as the patches they are added to, or places and the order of frames go unnoticed for long.
-            init.zeros_(module.position_embeddings)
-            side, width = module.config.image_size // module.config.patch_size, module.config.hidden_size
-            waves = 0.5 * _sinusoids(side, (width + 1) // 2)
-            grid = torch.cat([waves[:, None].expand(-1, side, -1), waves.expand(side, -1, -1)], dim=-1)
-            init.copy_(module.position_embeddings[:, 1:], grid.flatten(0, 1)[None, :, :width])
+            init.trunc_normal_(module.position_embeddings, std=std)
             if hasattr(module, "time_embeddings"):
+                # As large as the patches they are added to, or the order of frames goes unnoticed for long.
                 init.copy_(module.time_embeddings, 0.5 * _sinusoids(*module.time_embeddings.shape[1:])[None])
         elif isinstance(module, TestaTemporalBlock):
             # A new model starts as an image model that sees frame by frame.

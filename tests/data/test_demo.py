@@ -66,13 +66,12 @@ def test_the_files_are_those_of_an_ordinary_data_set(demo):
     assert not list(demo.rglob("*.unfinished"))
 
 
-@pytest.mark.parametrize(("kind", "numbers"), SCENES_PER_CLIP.items())
-def test_clips_are_whole_scenes_with_their_own_sentences(demo, kind, numbers):
-    table = load_annotations(demo / f"train_{kind}s.jsonl")
+def test_clips_are_whole_scenes_with_their_own_sentences(demo):
+    table = load_annotations(demo / "train_clips.jsonl")
     stories = {row["video"]: row["text"] for row in load_annotations(demo / "train.jsonl")}
-    assert len(table) == 6 * len(numbers) == len(set(table["video_id"]))
+    assert len(table) == 6 * len(SCENES_PER_CLIP) == len(set(table["video_id"]))
     for number, row in enumerate(table):
-        num_scenes = numbers[number % len(numbers)]
+        num_scenes = SCENES_PER_CLIP[number % len(SCENES_PER_CLIP)]
         assert row["text"].count(".") == num_scenes < stories[row["video"]].count(".") + 1
         shortest, longest = SMALL["seconds_per_scene"]
         assert row["start"] >= 0 and num_scenes * shortest <= row["end"] - row["start"] <= num_scenes * longest
@@ -80,10 +79,9 @@ def test_clips_are_whole_scenes_with_their_own_sentences(demo, kind, numbers):
             assert row["end"] <= video.streams.video[0].frames / SMALL["fps"]
 
 
-@pytest.mark.parametrize("kind", SCENES_PER_CLIP)
-def test_clips_have_questions_of_their_own(demo, kind):
-    clips = {row["video_id"]: row for row in load_annotations(demo / f"train_{kind}s.jsonl")}
-    questions = load_annotations(demo / f"train_{kind}s_qa.jsonl", task="question")
+def test_clips_have_questions_of_their_own(demo):
+    clips = {row["video_id"]: row for row in load_annotations(demo / "train_clips.jsonl")}
+    questions = load_annotations(demo / "train_clips_qa.jsonl", task="question")
     assert set(questions["video_id"]) <= clips.keys() and len(questions) > len(clips)
     for row in questions:
         clip = clips[row["video_id"]]

@@ -26,8 +26,8 @@ from .stories import ObjectKind, Story, World, plan_story, twin_of
 from .storytelling import ask, tell
 
 
-# Each training video gives one clip of so many scenes in a row, in a file of single scenes and one of longer clips.
-SCENES_PER_CLIP = {"scene": (1, 1, 1, 1), "clip": (2, 2, 3, 3)}
+# Each training video gives one clip of so many scenes in a row.
+SCENES_PER_CLIP = (1, 1, 2, 3)
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -80,9 +80,9 @@ def make_demo(arguments: DemoArguments) -> int:
     Videos that exist are kept, so an interrupted run can be repeated to finish it. The files are:
 
     - `{train,validation,test}.jsonl`: `video`, `video_id`, `text`, `distractor`;
-    - `train_{scenes,clips}.jsonl`: `video`, `video_id` (of the clip), `start`, `end` (seconds), `text`;
-    - `{train,validation,test,train_scenes,train_clips}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`, `answers`,
-      `answer_weights`, `question_type`, and where clips start and end;
+    - `train_clips.jsonl`: `video`, `video_id` (of the clip), `start`, `end` (seconds), `text`;
+    - `{train,validation,test,train_clips}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`, `answers`, `answer_weights`,
+      `question_type`;
     - `videos/*.mp4`, and `demo.json` with the arguments.
 
     Returns:
@@ -106,10 +106,9 @@ def make_demo(arguments: DemoArguments) -> int:
         rows, questions = _annotate(stories[split], arguments.seed)
         _write_lines(output_dir / f"{split}.jsonl", rows)
         _write_lines(output_dir / f"{split}_qa.jsonl", questions)
-    for kind in SCENES_PER_CLIP:
-        rows, questions = _cut_clips(stories["train"], kind, arguments)
-        _write_lines(output_dir / f"train_{kind}s.jsonl", rows)
-        _write_lines(output_dir / f"train_{kind}s_qa.jsonl", questions)
+    rows, questions = _cut_clips(stories["train"], arguments)
+    _write_lines(output_dir / "train_clips.jsonl", rows)
+    _write_lines(output_dir / "train_clips_qa.jsonl", questions)
     return len(missing)
 
 
@@ -233,18 +232,18 @@ def _questions(video: dict, story: Story, rng: random.Random) -> list[dict]:
     ]
 
 
-def _cut_clips(stories: dict[str, Story], kind: str, arguments: DemoArguments) -> tuple[list[dict], list[dict]]:
+def _cut_clips(stories: dict[str, Story], arguments: DemoArguments) -> tuple[list[dict], list[dict]]:
     """The rows of clips and their questions: scenes in a row, from when the first begins to when the last ends."""
     rows, questions = [], []
     for video_id, story in stories.items():
-        rng = random.Random(f"{kind} {arguments.seed} {video_id}")
+        rng = random.Random(f"clips {arguments.seed} {video_id}")
         frames = [count_frames(scene, arguments.fps) for scene in story.scenes]
-        for number, num_scenes in enumerate(SCENES_PER_CLIP[kind]):
+        for number, num_scenes in enumerate(SCENES_PER_CLIP):
             first = rng.randint(0, len(story.scenes) - num_scenes)
             clip = Story(story.scenes[first : first + num_scenes])
             video = {
                 "video": _video_file(video_id),
-                "video_id": f"{video_id}-{kind}{number}",
+                "video_id": f"{video_id}-clip{number}",
                 "start": sum(frames[:first]) / arguments.fps,
                 "end": sum(frames[: first + num_scenes]) / arguments.fps,
             }
