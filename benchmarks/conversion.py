@@ -7,9 +7,7 @@ to 2.3 GB at a time) and converted by the command line in a process of its own.
 """
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from measuring import describe_machine, save_json
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -85,9 +84,7 @@ def main(arguments: list[str] | None = None):
             }
         print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
         rows.append(row)
-    if args.output:
-        machine = f"{platform.platform()}, PyTorch {torch.__version__}"
-        args.output.write_text(json.dumps({"machine": machine, "results": rows}, indent=2) + "\n")
+    save_json(args.output, describe_machine(), rows)
 
 
 if __name__ == "__main__":

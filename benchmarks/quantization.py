@@ -10,12 +10,12 @@ encoder's.
 
 import argparse
 import json
-import platform
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
+from measuring import describe_machine
 from torch.utils.data import DataLoader
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from transformers import AutoProcessor, PreTrainedModel, TorchAoConfig
@@ -44,16 +44,6 @@ PRECISIONS = {
     },
 }
 RECALLS = [f"{ranked}text_to_video_recall@{k}" for ranked in ("", "reranked_") for k in (1, 5, 10)]
-
-
-def describe_machine() -> str:
-    """Return the processor and what PyTorch makes of it."""
-    processor = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(": ")[2] if names else processor
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{processor} ({capability}), {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
 def megabytes_of(model: PreTrainedModel) -> float:
