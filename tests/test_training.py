@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -14,7 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from transformers_testa import TestaForRetrieval
-from transformers_testa.arguments import ObjectiveArguments, TrainingArguments, as_recipe, parse_arguments
+from transformers_testa.arguments import (
+    DataArguments,
+    ModelArguments,
+    ObjectiveArguments,
+    TrainingArguments,
+    as_recipe,
+    parse_arguments,
+)
 from transformers_testa.data.annotations import load_annotations
 from transformers_testa.data.datasets import VideoTextDataset, collate_training_samples
 from transformers_testa.data.sampling import EpochBatchSampler
@@ -22,6 +30,7 @@ from transformers_testa.reporting import write_model_card
 from transformers_testa.training import (
     Checkpoints,
     Progress,
+    build_model,
     create_accelerator,
     create_objective,
     create_optimizer,
@@ -60,6 +69,20 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
     assert (training.learning_rate, training.seed, training.do_train) == (2e-5, 8, True)
     assert training.mixed_precision == "no"
     assert (greeting.greeting, greeting.names) == ("hi", ["ann", "bob"])
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not Path("/proc/cpuinfo").is_file(), reason="reads what Linux says of the CPU"
+)
+def test_automatic_precision_takes_bf16_where_the_cpu_has_instructions_for_it():
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    expected = "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"} else "no"
+    assert TrainingArguments(mixed_precision="auto").mixed_precision == expected
+
+
+def test_a_model_that_is_nowhere_is_named():
+    with pytest.raises(ValueError, match="model_name_or_path is 'runs/absent', which is no folder"):
+        build_model(TestaForRetrieval, ModelArguments(model_name_or_path="runs/absent"), DataArguments())
 
 
 def test_a_written_recipe_gives_the_same_arguments(tmp_path):

@@ -184,7 +184,9 @@ class TrainingArguments:
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Videos, or texts, in an evaluation batch."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches in an optimizer step."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    mixed_precision: Literal["no", "bf16"] = field(default="no", metadata={"help": "no (float32) or bf16."})
+    mixed_precision: Literal["no", "bf16", "auto"] = field(
+        default="no", metadata={"help": "no (float32), bf16, or auto: bf16 where the hardware multiplies it."}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Save memory, take about a third longer."})
     seed: int = field(default=42, metadata={"help": "Of new weights, data order, frame sampling and dropout."})
     eval_steps: int | None = field(
@@ -211,12 +213,25 @@ class TrainingArguments:
                 raise ValueError(f"{argument.name} is {value}; at least {least} is needed.")
         if self.num_workers is None:
             self.num_workers = min(8, available_threads() - 1) if torch.cuda.is_available() else 0
+        if self.mixed_precision == "auto":
+            self.mixed_precision = "bf16" if multiplies_bf16() else "no"
         if (self.do_train or self.do_eval or self.do_predict) and self.output_dir is None:
             raise ValueError("output_dir is missing: the folder where checkpoints, model and results go.")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; a share of the steps, 0 to 1, is needed.")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; a positive number is needed.")
+
+
+def multiplies_bf16() -> bool:
+    """Tell whether the GPU, or the CPU where there is none, has instructions for products of bfloat16.
+
+    Without them these are emulated, several times more slowly than those of float32.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))
 
 
 def parse_arguments(argument_classes: tuple[type, ...], arguments: list[str]) -> tuple[Any, ...]:

@@ -55,10 +55,16 @@ def build_model(
     to pre-training, is left behind where frames merge.
 
     Raises:
-        ValueError: The folder holds another kind of model, or the settings don't go together.
+        ValueError: The model can't be found, the folder holds another kind of model, or the settings don't go together.
     """
-    source = model_args.model_name_or_path or model_args.config_name
-    config = AutoConfig.from_pretrained(source)
+    argument = "model_name_or_path" if model_args.model_name_or_path else "config_name"
+    source = getattr(model_args, argument)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"{argument} is {source!r}, which is no folder with a config.json, nor can it be had from the Hub: {error}"
+        ) from error
     if config.model_type != "testa":
         raise ValueError(f"{source} holds a `{config.model_type}` model; a `testa` model is needed.")
     stored_frames = config.video_config.num_frames
