@@ -313,6 +313,42 @@ def test_cached_cross_attention_serves_any_number_of_texts():
         )
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_texts_read_alone_first_are_read_as_at_once(attention, num_layers):
+    config = tiny_text_config()
+    config.num_hidden_layers = num_layers
+    model = trained(TestaTextModel(config))
+    model.set_attn_implementation(attention)
+    ids, mask = example_texts(6)
+    videos = torch.randn(2, 5, 32)
+    expected = model(ids, mask, videos).last_hidden_state
+    cache = model.cache_cross_attention(videos)
+    states = model.read_alone(ids, mask)
+    for first_token_only in (False, True):
+        read = model(text_states=states, attention_mask=mask, cache=cache, first_token_only=first_token_only)
+        wanted = expected[:, :1] if first_token_only else expected
+        assert read.last_hidden_state.shape == wanted.shape
+        torch.testing.assert_close(
+            read.last_hidden_state[mask[:, : wanted.shape[1]] > 0],
+            wanted[mask[:, : wanted.shape[1]] > 0],
+            atol=1e-5,
+            rtol=1e-5,
+        )
+
+
+def test_matching_with_shared_states_has_the_gradients_of_matching_each_pair():
+    model = trained(TestaForRetrieval(tiny_config()))
+    videos, (ids, mask) = torch.randn(2, 5, 32), example_texts(6)
+    model.match(videos.repeat_interleave(3, 0), ids, mask).square().sum().backward()
+    expected = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    cache = model.testa.text_model.cache_cross_attention(videos)
+    model.match_states(model.read_before_matching(ids, mask), mask, cache).square().sum().backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-4, rtol=1e-4)
+
+
 def test_padding_changes_nothing():
     model = trained(TestaTextModel(tiny_text_config()))
     ids, mask = example_texts()
@@ -327,6 +363,9 @@ def test_too_long_a_text_and_too_few_texts_are_named():
         model(torch.ones(1, 41, dtype=torch.long))
     with pytest.raises(ValueError, match="3 texts can't share 2 encoder sequences"):
         model(torch.ones(3, 4, dtype=torch.long), encoder_hidden_states=torch.randn(2, 5, 32))
+    decoder = TestaTextModel(tiny_text_config(is_decoder=True))
+    with pytest.raises(ValueError, match="this is a decoder"):
+        decoder(torch.ones(1, 4, dtype=torch.long), first_token_only=True)
     with pytest.raises(ValueError, match="Exactly one"):
         model()
 

@@ -668,19 +668,19 @@ class TestaTextAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
+        attended_states: Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from texts `[N, L, D]`.
+        """Attend from tokens `[N, L, D]` to the texts they are of, or to states of an encoder, `[V, S, D]`.
 
         Cross-attention reads V encoder sequences, where N is a multiple of V: each serves N / V texts in a row, whose
         tokens are queries of one sequence, so that keys and values are neither computed nor stored more than once.
         """
         if self.is_cross_attention:
-            key, value = self.cross_key_value(encoder_hidden_states, cache)
+            key, value = self.cross_key_value(attended_states, cache)
         else:
-            key, value = self.key_value(hidden_states)
+            key, value = self.key_value(attended_states)
             if cache is not None and self.is_causal:
                 key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
         num_texts, length = hidden_states.shape[:2]
@@ -757,9 +757,16 @@ class TestaTextLayer(GradientCheckpointingLayer):
         encoder_attention_mask: Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
         has_encoder: bool = False,
+        has_attended_itself: bool = False,
+        num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        hidden_states, _ = self.self_attention(hidden_states, attention_mask, cache=cache, **kwargs)
+        """Read texts `[N, L, D]`, of which only the first `num_tokens` tokens are wanted."""
+        wanted = hidden_states[:, :num_tokens]
+        if has_attended_itself:
+            hidden_states = wanted
+        else:
+            hidden_states, _ = self.self_attention(wanted, attention_mask, hidden_states, cache, **kwargs)
         if has_encoder:
             hidden_states, _ = self.cross_attention(
                 hidden_states, encoder_attention_mask, encoder_hidden_states, cache, **kwargs
@@ -791,6 +798,17 @@ class TestaTextModel(TestaPreTrainedModel):
         )
         self.post_init()
 
+    def read_alone(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Read texts `[N, L]` up to where a text encoder first attends to a video, to pass as `text_states [N, L, D]`.
+
+        So far they are the same for every video.
+        """
+        hidden_states = self.embeddings(input_ids)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        return self.layers[0].self_attention(hidden_states, attention_mask, hidden_states)[0]
+
     def cache_cross_attention(self, encoder_hidden_states: Tensor) -> EncoderDecoderCache:
         """Compute cross-attention keys and values of encoder states `[V, S, D]` once, to pass as `cache`.
 
@@ -813,6 +831,8 @@ class TestaTextModel(TestaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        text_states: Tensor | None = None,
+        first_token_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Read texts.
@@ -827,26 +847,40 @@ class TestaTextModel(TestaPreTrainedModel):
             inputs_embeds: `[N, L, D]`, instead of `input_ids`.
             position_ids: `[N, L]`, instead of counting on from the cache.
             use_cache: Whether a decoder returns its cache.
+            text_states: `[N, L, D]`, what [`read_alone`] returned, instead of `input_ids`.
+            first_token_only: Whether a text encoder computes `last_hidden_state` of the first token only, `[N, 1, D]`.
 
         Raises:
-            ValueError: Where not exactly one of `input_ids` and `inputs_embeds` is given, the text is longer than
-                `max_position_embeddings`, or N is no multiple of V.
+            ValueError: Where not exactly one of `input_ids`, `inputs_embeds` and `text_states` is given, the text is
+                longer than `max_position_embeddings`, N is no multiple of V, or a decoder is to read like an encoder.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` is needed.")
+        if sum(text is not None for text in (input_ids, inputs_embeds, text_states)) != 1:
+            raise ValueError("Exactly one of `input_ids`, `inputs_embeds` and `text_states` is needed.")
+        if self.config.is_decoder and (text_states is not None or first_token_only):
+            raise ValueError("`text_states` and `first_token_only` are for text encoders; this is a decoder.")
         use_cache = bool(use_cache) and self.config.is_decoder
         if use_cache and not isinstance(cache, EncoderDecoderCache):
             cache = EncoderDecoderCache(cache or DynamicCache(config=self.config), DynamicCache(config=self.config))
         past_length = cache.get_seq_length() if cache is not None else 0
-        hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids, past_length)
+        hidden_states = text_states
+        if hidden_states is None:
+            hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids, past_length)
 
         create_mask = create_causal_mask if self.config.is_decoder else create_bidirectional_mask
-        attention_mask = create_mask(
+        text_mask = create_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             cache=cache if self.config.is_decoder else None,
         )
+        first_token_mask = None
+        if first_token_only:
+            first_token_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden_states[:, :1],
+                attention_mask=attention_mask,
+                encoder_hidden_states=hidden_states,
+            )
         has_encoder = encoder_hidden_states is not None or (cache is not None and cache.is_updated.get(0, False))
         if has_encoder and encoder_attention_mask is not None:
             encoder_attention_mask = create_bidirectional_mask(
@@ -856,14 +890,17 @@ class TestaTextModel(TestaPreTrainedModel):
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=hidden_states.new_empty(*encoder_attention_mask.shape, 0),
             )
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            ends_at_first_token = first_token_only and number == len(self.layers) - 1
             hidden_states = layer(
                 hidden_states,
-                attention_mask,
+                first_token_mask if ends_at_first_token else text_mask,
                 encoder_hidden_states,
                 encoder_attention_mask,
                 cache=cache,
                 has_encoder=has_encoder,
+                has_attended_itself=text_states is not None and number == 0,
+                num_tokens=1 if ends_at_first_token else None,
                 **kwargs,
             )
         return BaseModelOutputWithPoolingAndCrossAttentions(
@@ -1111,8 +1148,37 @@ class TestaForRetrieval(TestaPreTrainedModel):
         Returns:
             Logits `[N, 2]`; index 1 means that text and video match.
         """
+        output = self.testa.text_model(
+            _replace_first_token(input_ids, self.config.text_config.enc_token_id),
+            attention_mask,
+            encoder_hidden_states=video_hidden_states,
+            first_token_only=True,
+            **kwargs,
+        )
+        return apply_head(self.matching_head, output.last_hidden_state[:, 0])
+
+    def read_before_matching(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Read texts `[N, L]`, as the tokenizer gives them, as far as they don't depend on a video: `[N, L, D]`."""
         input_ids = _replace_first_token(input_ids, self.config.text_config.enc_token_id)
-        output = self.testa.text_model(input_ids, attention_mask, encoder_hidden_states=video_hidden_states, **kwargs)
+        return self.testa.text_model.read_alone(input_ids, attention_mask)
+
+    def match_states(
+        self, text_states: Tensor, attention_mask: Tensor | None, video_cache: EncoderDecoderCache
+    ) -> Tensor:
+        """Match as [`match`] does, with what many pairs share computed once.
+
+        Args:
+            text_states: `[N, L, D]`, what [`read_before_matching`] returned.
+            attention_mask: `[N, L]`.
+            video_cache: Of V videos, by `testa.text_model.cache_cross_attention`. N is a multiple of V, and each video
+                serves N / V texts in a row.
+
+        Returns:
+            Logits `[N, 2]`; index 1 means that text and video match.
+        """
+        output = self.testa.text_model(
+            text_states=text_states, attention_mask=attention_mask, cache=video_cache, first_token_only=True
+        )
         return apply_head(self.matching_head, output.last_hidden_state[:, 0])
 
     @torch.no_grad()

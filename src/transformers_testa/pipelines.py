@@ -170,8 +170,16 @@ class VideoTextRetrievalPipeline(_VideoTextPipeline):
         similarities = output.pooler_output.float() @ candidates.embeddings.float().T  # [queries, candidates]
         if not rerank:
             return {"logits": similarities / self.model.bounded_temperature}
-        # [videos, texts]
-        match_logits = torch.stack([self.model.match(video[None], **tokens)[:, 1] for video in hidden_states])
+        states, read_video = (
+            self.model.read_before_matching(**tokens),
+            self.model.testa.text_model.cache_cross_attention,
+        )
+        match_logits = torch.stack(
+            [
+                self.model.match_states(states, tokens["attention_mask"], read_video(video[None]))[:, 1]
+                for video in hidden_states
+            ]
+        )  # [videos, texts]
         return {"logits": similarities + (match_logits if "videos" in query else match_logits.T)}
 
     def postprocess(

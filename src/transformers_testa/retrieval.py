@@ -228,10 +228,78 @@ def _search_faiss(queries: Tensor, embeddings: Tensor, k: int) -> tuple[Tensor, 
     return torch.from_numpy(similarities).to(queries.device), torch.from_numpy(rows).to(queries.device)
 
 
+# Videos whose keys and values are in memory at a time have no more tokens than these in all, or are alone: 600 MB in
+# float32 for the base model.
+TOKENS_AT_ONCE = 8192
+
+
+class ReadTexts:
+    """Texts read as far as they don't depend on a video, once, however many videos they are matched with.
+
+    Padding is not stored: a token of the base model takes 3 KB in float32.
+
+    Args:
+        model: a `TestaForRetrieval`.
+        input_ids: `[texts, L]`.
+        attention_mask: `[texts, L]`.
+        batch_size: texts read at a time.
+    """
+
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, batch_size: int = 64):
+        self.attention_mask = attention_mask.cpu()
+        places = torch.arange(1, input_ids.shape[1] + 1)
+        self.lengths = (self.attention_mask.bool() * places).amax(dim=1)
+        self.starts = self.lengths.cumsum(0) - self.lengths
+        states = []
+        with inference(model):
+            for (ids, mask), lengths in zip(
+                _text_batches(input_ids, attention_mask, batch_size, model.device),
+                self.lengths.split(batch_size),
+                strict=True,
+            ):
+                of_batch = model.read_before_matching(ids, mask).cpu()
+                states.append(of_batch[torch.arange(ids.shape[1]) < lengths[:, None]])
+        self.states = torch.cat(states)  # [tokens of all texts, D]
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """States `[N, L, D]` and attention masks `[N, L]` of texts `[N]`, as long as the longest of them."""
+        length = int(self.lengths[rows].max())
+        places = torch.arange(length).clamp(max=self.lengths[rows][:, None] - 1)
+        return self.states[self.starts[rows][:, None] + places], self.attention_mask[rows, :length]
+
+
+def plan_matching(
+    text_rows: Tensor, video_rows: Tensor, text_lengths: Tensor, texts_at_once: int, videos_at_once: int
+) -> list[tuple[list[int], list[Tensor]]]:
+    """Group pairs by video, so that a video is read once, and videos that have as many texts, so that few wait alone.
+
+    Args:
+        text_rows: `[pairs]`.
+        video_rows: `[pairs]`.
+        text_lengths: `[texts]`; a video meets short texts first, so that batches have little padding.
+        texts_at_once: pairs a batch.
+        videos_at_once: videos a group.
+
+    Returns:
+        Groups of videos `[V]`, each with its batches of pairs `[V, n]`, which number the pairs given.
+    """
+    by_length = text_lengths[text_rows].argsort(stable=True)
+    by_video = by_length[video_rows[by_length].argsort(stable=True)]
+    videos, counts = video_rows[by_video].unique_consecutive(return_counts=True)
+    pairs_of_video = by_video.split(counts.tolist())
+    groups = []
+    for count in counts.unique().tolist():
+        alike = (counts == count).nonzero()[:, 0]
+        for group in alike.split(min(videos_at_once, max(texts_at_once // count, 1))):
+            pairs = torch.stack([pairs_of_video[place] for place in group])
+            groups.append((videos[group].tolist(), list(pairs.split(max(texts_at_once // len(group), 1), dim=1))))
+    return groups
+
+
 def match_texts(
     model: PreTrainedModel, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, batch_size: int = 64
 ) -> Tensor:
-    """Match many texts with one video, whose cross-attention keys and values are computed once a batch.
+    """Match many texts with one video, whose cross-attention keys and values are computed once.
 
     Args:
         model: a `TestaForRetrieval`.
@@ -243,13 +311,8 @@ def match_texts(
     Returns:
         Logits of being matched, float32 `[texts]`, on the CPU.
     """
-    hidden_states = hidden_states.to(model.device, model.dtype)
-    with inference(model):
-        logits = [
-            model.match(hidden_states, ids, mask)[:, 1].float().cpu()
-            for ids, mask in _text_batches(input_ids, attention_mask, batch_size, model.device)
-        ]
-    return torch.cat(logits)
+    texts = ReadTexts(model, input_ids, attention_mask, batch_size)
+    return _match_group(model, hidden_states, texts, torch.arange(len(input_ids))[None].split(batch_size, dim=1))[0]
 
 
 def match_scores(
@@ -261,7 +324,10 @@ def match_scores(
     video_rows: Tensor,
     batch_size: int = 64,
 ) -> Tensor:
-    """Match pairs of a text and a video of the gallery, video by video: each is read from disk once.
+    """Match pairs of a text and a video of the gallery, with what pairs share computed once.
+
+    A video is read from disk once, and its cross-attention keys and values serve all of its texts; a text is read once
+    up to where it first attends to a video.
 
     Args:
         model: a `TestaForRetrieval`.
@@ -270,19 +336,32 @@ def match_scores(
         attention_mask: `[texts, L]`.
         text_rows: `[pairs]`, the row in `input_ids` of each pair's text.
         video_rows: `[pairs]`, the row in the gallery of each pair's video.
-        batch_size: texts a batch.
+        batch_size: pairs a batch.
 
     Returns:
         Logits of being matched, float32 `[pairs]`, on the CPU.
     """
     logits = torch.empty(len(text_rows))
-    by_video = video_rows.argsort(stable=True)
-    videos, counts = video_rows[by_video].unique_consecutive(return_counts=True)
-    for video, pairs in zip(videos.tolist(), by_video.split(counts.tolist()), strict=True):
-        texts = text_rows[pairs]
-        hidden_states = gallery.hidden_states([video])
-        logits[pairs] = match_texts(model, hidden_states, input_ids[texts], attention_mask[texts], batch_size)
+    if not len(text_rows):
+        return logits
+    texts = ReadTexts(model, input_ids, attention_mask, batch_size)
+    videos_at_once = max(TOKENS_AT_ONCE // gallery.hidden_states(video_rows[:1]).shape[1], 1)
+    for videos, batches in plan_matching(text_rows, video_rows, texts.lengths, batch_size, videos_at_once):
+        hidden_states = gallery.hidden_states(videos)
+        found = _match_group(model, hidden_states, texts, [text_rows[pairs] for pairs in batches])
+        logits[torch.cat(batches, dim=1)] = found
     return logits
+
+
+def _match_group(model: PreTrainedModel, hidden_states: Tensor, texts: ReadTexts, batches: Iterable[Tensor]) -> Tensor:
+    """Logits `[V, texts]` of videos `[V, N, D]` and batches of texts `[V, n]`, by their rows in `texts`."""
+    with inference(model):
+        cache = model.testa.text_model.cache_cross_attention(hidden_states.to(model.device, model.dtype))
+        logits = []
+        for rows in batches:
+            states, mask = (tensor.to(model.device) for tensor in texts.batch(rows.flatten()))
+            logits.append(model.match_states(states, mask, cache)[:, 1].float().cpu().view_as(rows))
+    return torch.cat(logits, dim=1)
 
 
 class Ranking(NamedTuple):
@@ -377,11 +456,10 @@ class VideoSearch:
         return results
 
     def frame_similarities(self, text: str, video: Any) -> Tensor:
-        """How similar each frame of a video is to a text, float32 `[T]`: which frames speak for it.
+        """How similar each frame of a video is to a text, float32 `[T]`, as [`TestaForRetrieval.ground`] has it.
 
-        A video's embedding is the mean of its tokens, projected. Here each token is projected by itself, and a frame has
-        the mean similarity of the tokens its patches are in: frames that were merged as a whole are equal, and one that
-        was dropped as a whole has -inf.
+        A frame has the similarity of its best patch. Frames that were merged as a whole are equal, and one that was
+        dropped as a whole has -1.
 
         Args:
             text: one.
@@ -390,15 +468,10 @@ class VideoSearch:
         Raises:
             ValueError: if the text is empty, or the video can't be read.
         """
-        query = embed_texts(self.model, *self._tokenize([text]))[0]
-        pixels = self.processor(videos=[video], return_tensors="pt")["pixel_values_videos"]
+        tokens = [tensor.to(self.model.device) for tensor in self._tokenize([text])]
+        pixels = self.processor(videos=[video], return_tensors="pt")["pixel_values_videos"].to(self.model.device)
         with inference(self.model):
-            output = self.model.get_video_features(pixel_values_videos=pixels.to(self.model.device))
-            tokens = self.model.video_projection(output.last_hidden_state[0]).float().cpu() @ query  # [N]
-        token_map = output.token_map[0].cpu()  # [T, L], -1 where a patch was dropped
-        kept = token_map >= 0
-        similarities = (tokens[token_map.clamp(min=0)] * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
-        return similarities.masked_fill(~kept.any(dim=1), -torch.inf)
+            return self.model.ground(pixels, *tokens).frame_scores[0].float().cpu()
 
     def _video_features(self, video: Any) -> tuple[Tensor, Tensor]:
         if isinstance(video, (str, Path)) and str(video) in self.gallery:
