@@ -47,6 +47,7 @@ class DataArguments:
 
     free: ClassVar[tuple[str, ...]] = (
         *("dataset_name", "dataset_config_name", "columns", "data_dir", "video_root", "cache_frames"),
+        *("decoding_time_limit", "decoding_memory_limit"),
         *("train_file", "validation_file", "test_file"),
     )
 
@@ -82,6 +83,12 @@ class DataArguments:
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video; else the processor's number."})
     frame_sampling: str | None = field(default=None, metadata={"help": "uniform, middle, ...; else the processor's."})
     train_frame_sampling: str | None = field(default=None, metadata={"help": "Another one for training, say jitter."})
+    decoding_time_limit: float | None = field(
+        default=None, metadata={"help": "Seconds that reading a video may take; else the processor's number."}
+    )
+    decoding_memory_limit: int | None = field(
+        default=None, metadata={"help": "Bytes that reading a video may take; else the processor's number."}
+    )
     cache_frames: bool = field(default=False, metadata={"help": "Decode each video once, into a file on disk."})
     crop_from: int | None = field(
         default=None,

@@ -91,6 +91,7 @@ def build_model(
         model.activation_checkpointing_enable()
     processor = TestaProcessor.from_pretrained(source)
     _override(processor.video_processor, data_args, "num_frames", "frame_sampling")
+    _override(processor.video_processor, data_args, "decoding_time_limit", "decoding_memory_limit")
     return model, processor
 
 

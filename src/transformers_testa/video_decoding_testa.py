@@ -1,8 +1,12 @@
 """Frames of a video file: which ones, where they are in the file, and how to decode only those with PyAV."""
 
+import http.client
 import io
 import itertools
 import os
+import stat
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +33,20 @@ SELF_CONTAINED_FORMATS = (
     "obu,ogg,rm,webm,wtv"
 )
 DOWNLOAD_TIMEOUT_SECONDS = 60
+DOWNLOAD_CHUNK_BYTES = 2**20
 TIME_TOLERANCE_SECONDS = 1e-6
+
+DECODING_TIME_LIMIT_SECONDS = 600.0
+DECODING_MEMORY_LIMIT_BYTES = 4 * 2**30
+# What a decoder holds at most: 16 reference pictures, the one that it works on, the one that it gives.
+PICTURES_OF_A_DECODER, PICTURES_OF_AN_INTRA_DECODER = 18, 2
+USUAL_BYTES_PER_PIXEL, LARGEST_BYTES_PER_PIXEL = 4, 8
+# What Python keeps of a packet or frame while the frames are counted.
+BYTES_PER_COUNTED_FRAME = 400
+# The frames themselves, while they are put together to one array.
+COPIES_OF_THE_RESULT = 3
+MAX_SAMPLED_FRAMES = 10**6
+MAX_INT = 2**31 - 1
 
 # More threads than this hardly speed up one video, and each has a decoder with pictures of its own.
 MAX_THREADS_PER_VIDEO = 16
@@ -158,6 +175,11 @@ class FrameSelection:
         stop = max(first + 1, int(np.searchsorted(timeline.times, end - TIME_TOLERANCE_SECONDS)))
         if self.fps is not None:
             count = max(1, int((end - start) * self.fps + TIME_TOLERANCE_SECONDS))
+            if count > MAX_SAMPLED_FRAMES:
+                raise VideoDecodingError(
+                    f"{timeline.name} lasts {timeline.duration:.2f} seconds, of which fps={self.fps} would take {count} "
+                    f"frames, more than {MAX_SAMPLED_FRAMES}. Set an end, or num_frames instead."
+                )
             return _frames_shown_at(timeline, start + np.arange(count) / self.fps)
         if self.num_frames is None:
             return np.arange(first, stop)
@@ -259,11 +281,6 @@ class _UnexpectedFrameError(Exception):
     """Decoding gave another frame than the packet index announced."""
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    # An empty packet would end the decoding: PyAV takes it for the flush after the last one.
-    return (packet for packet in container.demux(stream) if packet.size)
-
-
 def _decode(stream: av.VideoStream, packets: Iterable[av.Packet], name: str) -> Iterator[av.VideoFrame]:
     for packet in itertools.chain(packets, [None]):
         try:
@@ -273,9 +290,13 @@ def _decode(stream: av.VideoStream, packets: Iterable[av.Packet], name: str) -> 
 
 
 def _frames_of_run(
-    container: av.container.InputContainer, stream: av.VideoStream, run: Run, is_reordered: bool
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    packets: Iterable[av.Packet],
+    run: Run,
+    is_reordered: bool,
 ) -> Iterator[av.VideoFrame]:
-    """Yield the wanted frames of a run, decoding as little as they need."""
+    """Yield the wanted frames of a run, decoding as little of the `packets` as they need."""
     # Some files hold frames in another order than they are shown and number them as if they did not (H.264 in AVI).
     # This is found out when they are decoded, if nothing is left out.
     may_leave_out = is_reordered or not stream.codec_context.has_b_frames
@@ -285,7 +306,7 @@ def _frames_of_run(
     container.seek(run.pts[0] if "mp4" in container.format.name else run.seek_to, stream=stream)
     # MPEG program streams may renumber packets after a seek: a timestamp alone does not tell the key packet.
     key = (run.pts[0], run.key_size)
-    packets = itertools.dropwhile(lambda packet: (packet.pts, packet.size) != key, _packets(container, stream))
+    packets = itertools.dropwhile(lambda packet: (packet.pts, packet.size) != key, packets)
     certain = set()
 
     def needed_packets() -> Iterator[av.Packet | None]:
@@ -345,17 +366,22 @@ class VideoReader:
     """Decodes the selected frames of one file and scales them while converting to RGB.
 
     Args:
-        source: path, http(s) URL, or the bytes of a file.
+        source: path, http(s) URL, or the bytes of a file. No other file or address is opened, whatever the file says.
         target_size: function of (height, width) of an upright frame to the (height, width) wanted.
         interpolation: PyAV's name of the scaling filter.
         threads: how many may decode at a time. Where the wanted frames lie between several key frames, each thread
             decodes from a key frame of its own; otherwise the codec's own threads are used.
+        time_limit: seconds after which reading is given up; the packet that is being decoded then is finished.
+        memory_limit: bytes that reading may take. What a file would take is estimated from the size of its pictures and
+            the number of its frames, and refused before it is taken.
     """
 
     source: VideoSource
     target_size: Callable[[int, int], tuple[int, int]]
     interpolation: str = "BICUBIC"
     threads: int = 1
+    time_limit: float = DECODING_TIME_LIMIT_SECONDS
+    memory_limit: float = DECODING_MEMORY_LIMIT_BYTES
 
     @property
     def name(self) -> str:
@@ -365,84 +391,157 @@ class VideoReader:
         """Return uint8 frames `[T, H, W, 3]` and their metadata.
 
         Raises:
-            VideoDecodingError: where the file cannot be read as a video or does not hold what was selected.
+            VideoDecodingError: where the file cannot be read as a video, does not hold what was selected, or takes more
+                time or memory than it may.
         """
+        deadline = time.monotonic() + self.time_limit
         try:
-            data = self._download() if _is_url(self.source) else self.source
+            data = self._download(deadline) if _is_url(self.source) else self.source
             try:
-                return self._read_indexed(data, selection)
+                return self._read_indexed(data, selection, deadline)
             except (_UnexpectedFrameError, av.InvalidDataError):
                 logger.info(f"{self.name}: frames and packets disagree; decoding from the start.")
-            return self._read_sequentially(data, selection)
-        except (av.FFmpegError, OSError) as error:
+            return self._read_sequentially(data, selection, deadline)
+        except (av.FFmpegError, OSError, http.client.HTTPException) as error:
+            # FFmpeg does not say why it was interrupted.
+            self._check_time(deadline)
             raise VideoDecodingError(f"{self.name} cannot be read as a video: {error}") from error
 
-    def _download(self) -> bytes:
-        with urllib.request.urlopen(self.source, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
-            return response.read()
+    def _check_time(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise VideoDecodingError(
+                f"{self.name} could not be read within {self.time_limit} seconds. Raise decoding_time_limit if it is "
+                "only long."
+            )
 
-    def _open(self, data: VideoSource) -> av.container.InputContainer:
+    def _check_memory(self, needed: float, what: str) -> None:
+        if needed > self.memory_limit:
+            raise VideoDecodingError(
+                f"{self.name} has {what}, for which {needed / 2**20:.0f} MiB of memory are needed; the limit is "
+                f"{self.memory_limit / 2**20:.0f} MiB. Raise decoding_memory_limit if this is no mistake of the file."
+            )
+
+    def _download(self, deadline: float) -> bytes:
+        try:
+            request = urllib.request.Request(self.source)
+        except ValueError as error:
+            raise VideoDecodingError(f"{self.name} is no address: {error}") from error
+        opener = urllib.request.build_opener(_WebRedirects)
+        data = bytearray()
+        with opener.open(request, timeout=min(DOWNLOAD_TIMEOUT_SECONDS, self.time_limit)) as response:
+            while chunk := response.read1(DOWNLOAD_CHUNK_BYTES):
+                data += chunk
+                self._check_time(deadline)
+                self._check_memory(2 * len(data), f"{len(data)} bytes or more")
+        return bytes(data)
+
+    def _open(self, data: VideoSource, deadline: float) -> av.container.InputContainer:
+        if isinstance(data, bytes):
+            file = _TimedBytes(data, deadline)
+        else:
+            file = f"file:{os.fspath(data)}"
+            # Whoever opens a pipe or a device may wait forever.
+            if not stat.S_ISREG(os.stat(data).st_mode):
+                raise VideoDecodingError(f"{self.name} is no file: a folder, a pipe or a device is not opened.")
+        largest_picture = self.memory_limit / USUAL_BYTES_PER_PIXEL
         return av.open(
-            io.BytesIO(data) if isinstance(data, bytes) else f"file:{os.fspath(data)}",
+            file,
+            # For the decoders with which FFmpeg looks into the streams, each at one picture.
+            options={"max_pixels": str(int(min(largest_picture, MAX_INT)))},
             container_options={"protocol_whitelist": "file", "format_whitelist": SELF_CONTAINED_FORMATS},
+            metadata_errors="replace",
+            timeout=max(0.0, deadline - time.monotonic()),
         )
 
-    def _video_stream(self, container: av.container.InputContainer, threads: int) -> av.VideoStream:
+    def _video_stream(self, container: av.container.InputContainer, threads: int, decoders: int = 1) -> av.VideoStream:
+        """Return the video stream, its decoder set to `threads`, and to its share of the memory for `decoders`."""
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise VideoDecodingError(f"{self.name} has no video stream.")
-        if streams[0].codec_context is None:
+        codec = streams[0].codec_context
+        if codec is None:
             raise VideoDecodingError(f"{self.name} is encoded with a codec that PyAV cannot decode.")
+        needed = _bytes_per_pixel(codec, threads)
+        self._check_memory(codec.width * codec.height * needed, f"frames of {codec.width}×{codec.height} pixels")
         streams[0].thread_type = "AUTO"
-        streams[0].codec_context.thread_count = threads
+        codec.thread_count = threads
+        # The stream itself may say another size than the header.
+        codec.options = {"max_pixels": str(int(min(self.memory_limit / (decoders * needed), MAX_INT)))}
         return streams[0]
 
-    def _read_indexed(self, data: VideoSource, selection: FrameSelection) -> tuple[np.ndarray, VideoMetadata]:
-        with self._open(data) as container:
+    def _packets(
+        self, container: av.container.InputContainer, stream: av.VideoStream, deadline: float
+    ) -> Iterator[av.Packet]:
+        packets = container.demux(stream)
+        for number in itertools.count():
+            try:
+                packet = next(packets)
+            # After the last packet PyAV looks for the streams that appeared while it read, and fails to find them.
+            except (StopIteration, IndexError):
+                return
+            self._check_time(deadline)
+            self._check_memory(number * BYTES_PER_COUNTED_FRAME, f"{number} frames or more")
+            # An empty packet would end the decoding: PyAV takes it for the flush after the last one.
+            if packet.size:
+                yield packet
+
+    def _read_indexed(
+        self, data: VideoSource, selection: FrameSelection, deadline: float
+    ) -> tuple[np.ndarray, VideoMetadata]:
+        threads = min(self.threads, MAX_THREADS_PER_VIDEO)
+        with self._open(data, deadline) as container:
             stream = self._video_stream(container, 1)
-            index = PacketIndex.from_packets(_packets(container, stream))
+            index = PacketIndex.from_packets(self._packets(container, stream, deadline))
             self._check_complete(container, stream)
             if index is None:
                 raise _UnexpectedFrameError
             timeline = self._timeline(list(index.pts), stream)
+            codec = stream.codec_context
+            affordable = self.memory_limit // max(1, codec.width * codec.height * _bytes_per_pixel(codec, 1))
         indices = selection.indices(timeline)
         wanted = np.unique(indices)
-        threads = min(self.threads, MAX_THREADS_PER_VIDEO)
         runs = index.runs(wanted, threads)
-        decoders = min(threads, len(runs))
+        decoders = int(min(threads, len(runs), affordable))
         pixels = [None] * len(runs)
         # Whoever is free takes the next run, as they differ in length.
         waiting = iter(enumerate(runs))
 
         def decode():
-            with self._open(data) as container:
-                stream = self._video_stream(container, threads // decoders)
+            with self._open(data, deadline) as container:
+                stream = self._video_stream(container, threads // decoders, decoders)
                 for number, run in waiting:
-                    pixels[number] = list(self._to_rgb(_frames_of_run(container, stream, run, index.is_reordered)))
+                    packets = self._packets(container, stream, deadline)
+                    frames = _frames_of_run(container, stream, packets, run, index.is_reordered)
+                    pixels[number] = list(self._to_rgb(frames, len(indices)))
 
         with ThreadPoolExecutor(decoders) as pool:
             for decoder in [pool.submit(decode) for _ in range(decoders)]:
                 decoder.result()
         return self._finish(list(itertools.chain.from_iterable(pixels)), wanted, indices, timeline)
 
-    def _read_sequentially(self, data: VideoSource, selection: FrameSelection) -> tuple[np.ndarray, VideoMetadata]:
+    def _read_sequentially(
+        self, data: VideoSource, selection: FrameSelection, deadline: float
+    ) -> tuple[np.ndarray, VideoMetadata]:
         """Decode twice from the start, to count the frames and to fetch the wanted ones.
 
         For files whose packets do not tell their frames: timestamps missing (raw streams), repeated or out of order,
         hidden or damaged packets.
         """
-        with self._open(data) as container:
+        with self._open(data, deadline) as container:
             stream = self._video_stream(container, self.threads)
-            pts = [frame.pts for frame in _decode(stream, _packets(container, stream), self.name)]
+            packets = self._packets(container, stream, deadline)
+            pts = [frame.pts for frame in _decode(stream, packets, self.name)]
             if not pts:
-                raise VideoDecodingError(f"{self.name} holds no frame that can be decoded.")
+                # FFmpeg forgets the size of pictures that are larger than it may decode.
+                too_large = "" if stream.codec_context.width else " with this decoding_memory_limit"
+                raise VideoDecodingError(f"{self.name} holds no frame that can be decoded{too_large}.")
             timeline = self._timeline(pts, stream)
         indices = selection.indices(timeline)
         wanted = np.unique(indices)
-        with self._open(data) as container:
+        with self._open(data, deadline) as container:
             stream = self._video_stream(container, self.threads)
-            frames = _decode(stream, _packets(container, stream), self.name)
-            pixels = list(self._to_rgb(_frames_by_counting(frames, wanted)))
+            frames = _decode(stream, self._packets(container, stream, deadline), self.name)
+            pixels = list(self._to_rgb(_frames_by_counting(frames, wanted), len(indices)))
         return self._finish(pixels, wanted, indices, timeline)
 
     def _check_complete(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
@@ -479,7 +578,8 @@ class VideoReader:
         )
         return pixels[np.searchsorted(wanted, indices)], metadata
 
-    def _to_rgb(self, frames: Iterator[av.VideoFrame]) -> Iterator[np.ndarray]:
+    def _to_rgb(self, frames: Iterator[av.VideoFrame], num_frames: int) -> Iterator[np.ndarray]:
+        """Yield upright pictures `[H, W, 3]`; `num_frames` is how many the whole result will have."""
         reformatter = VideoReformatter()
         size = None
         for frame in frames:
@@ -487,11 +587,42 @@ class VideoReader:
             if size is None:
                 upright = (frame.width, frame.height) if sideways else (frame.height, frame.width)
                 size = self.target_size(*upright)
+                needed = COPIES_OF_THE_RESULT * num_frames * 3 * size[0] * size[1]
+                self._check_memory(needed, f"{num_frames} frames that are wanted at {size[0]}×{size[1]} pixels")
             height, width = reversed(size) if sideways else size
             scaled = reformatter.reformat(frame, width, height, format="rgb24", interpolation=self.interpolation)
             pixels = scaled.to_ndarray()
             pixels = pixels.swapaxes(0, 1) if sideways else pixels
             yield pixels[:: -1 if flip_vertically else 1, :: -1 if flip_horizontally else 1]
+
+
+class _TimedBytes(io.BytesIO):
+    """The bytes of a file, which can't be read after a deadline (of `time.monotonic`)."""
+
+    def __init__(self, data: bytes, deadline: float):
+        super().__init__(data)
+        self.deadline = deadline
+
+    def read(self, size: int | None = -1) -> bytes:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError("the time is over")
+        return super().read(size)
+
+
+class _WebRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirections to http and https only, not to ftp as urllib does."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if not _is_url(newurl):
+            raise urllib.error.URLError(f"it is redirected to {newurl}, which is neither http nor https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _bytes_per_pixel(codec: av.VideoCodecContext, threads: int) -> float:
+    """Return the bytes that a decoder takes for each pixel of a picture, with all the pictures that it holds."""
+    is_intra = codec.codec.intra_only
+    pictures = threads + (PICTURES_OF_AN_INTRA_DECODER if is_intra else PICTURES_OF_A_DECODER)
+    return pictures * (codec.format.padded_bits_per_pixel / 8 if codec.format else LARGEST_BYTES_PER_PIXEL)
 
 
 def _is_url(source: VideoSource) -> bool:

@@ -12,7 +12,15 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata, is_valid_video, make_batched_metadata
 
-from .video_decoding_testa import INTERPOLATION, FrameSelection, Timeline, VideoReader, VideoSource
+from .video_decoding_testa import (
+    DECODING_MEMORY_LIMIT_BYTES,
+    DECODING_TIME_LIMIT_SECONDS,
+    INTERPOLATION,
+    FrameSelection,
+    Timeline,
+    VideoReader,
+    VideoSource,
+)
 
 
 class TestaVideoProcessorKwargs(VideosKwargs, total=False):
@@ -33,6 +41,11 @@ class TestaVideoProcessorKwargs(VideosKwargs, total=False):
         decoding_threads (`int`):
             Threads that decode, shared by the videos of a call. If not given, as many as there are cores for this
             process; one in a worker of a `DataLoader`.
+        decoding_time_limit (`float`):
+            Seconds that reading one file may take, a download included; it is given up afterwards, with an error.
+        decoding_memory_limit (`int`):
+            Bytes that reading one file may take. A file that needs more, for its large pictures or its many frames, is
+            refused; of a download, as soon as it is longer.
     """
 
     frame_sampling: str | None
@@ -41,6 +54,8 @@ class TestaVideoProcessorKwargs(VideosKwargs, total=False):
     seed: int | list[int | None] | None
     strict: bool | None
     decoding_threads: int | None
+    decoding_time_limit: int | float | None
+    decoding_memory_limit: int | float | None
 
 
 class TestaVideoProcessor(BaseVideoProcessor):
@@ -50,6 +65,9 @@ class TestaVideoProcessor(BaseVideoProcessor):
     list of frames. From files only what the chosen frames need is decoded, several files in parallel, and one file in
     several places. All settings can be given at construction, saved, and overridden per call; `num_frames` and `fps`
     exclude each other. `do_sample_frames=False` takes every frame of a video.
+
+    A file can't make this process open any other file or address, or take more time and memory than
+    `decoding_time_limit` and `decoding_memory_limit` grant it.
 
     Frames of files are scaled by FFmpeg while they are converted to RGB, with a filter of the name that `resample` has;
     arrays are scaled by torchvision, with antialiasing. The two differ by one or two of 255 levels on average.
@@ -67,6 +85,8 @@ class TestaVideoProcessor(BaseVideoProcessor):
     num_frames = 32
     frame_sampling = "uniform"
     strict = False
+    decoding_time_limit = DECODING_TIME_LIMIT_SECONDS
+    decoding_memory_limit = DECODING_MEMORY_LIMIT_BYTES
     valid_kwargs = TestaVideoProcessorKwargs
 
     def __init__(self, **kwargs: Unpack[TestaVideoProcessorKwargs]):
@@ -170,6 +190,12 @@ class TestaVideoProcessor(BaseVideoProcessor):
         do_resize, resample, size, default_to_square = (
             kwargs.get(name, getattr(self, name)) for name in ("do_resize", "resample", "size", "default_to_square")
         )
+        limits = {}
+        for name in ("time_limit", "memory_limit"):
+            argument = f"decoding_{name}"
+            limits[name] = getattr(self, argument) if kwargs.get(argument) is None else kwargs[argument]
+            if limits[name] <= 0:
+                raise ValueError(f"{argument}={limits[name]} must be positive.")
         if do_resize and resample not in INTERPOLATION:
             raise ValueError(f"resample={resample!r} is not available for video files. Use BICUBIC or BILINEAR.")
 
@@ -181,7 +207,8 @@ class TestaVideoProcessor(BaseVideoProcessor):
             return tuple(self.resize(picture, size, resample).shape[-2:])
 
         size = self._standardize_kwargs(size=size, default_to_square=default_to_square)["size"]
-        reader = VideoReader(source, target_size, INTERPOLATION[resample] if do_resize else "BICUBIC", threads)
+        interpolation = INTERPOLATION[resample] if do_resize else "BICUBIC"
+        reader = VideoReader(source, target_size, interpolation, threads, **limits)
         frames, metadata = reader.read(selection)
         return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), metadata
 

@@ -23,6 +23,8 @@ from transformers_testa.video_processing_testa import TestaVideoProcessor
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Of the formats that Pillow can open, some run another program (PostScript), whatever the file is called.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 
 class VideoTextDataset(torch.utils.data.Dataset):
@@ -126,7 +128,7 @@ def _decode(row: dict, video_processor: TestaVideoProcessor, **settings: int | N
 def _read_image(file: str) -> np.ndarray:
     """Return the upright picture as uint8 `[H, W, 3]`."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     # What Pillow raises for damaged files of these formats.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
