@@ -75,6 +75,11 @@ def test_importance_gives_up_the_least_attended_tokens(plan):
                 assert kept[slot] == max(kept, key=lambda k: float(unit[token] @ unit[k]))
 
 
+def test_pruning_compares_no_tokens():
+    importance = torch.tensor([[0.3, 0.1, 0.4, 0.2]])
+    assert plan_aggregation(None, 2, "prune", importance).tolist() == [[0, -1, 1, -1]]
+
+
 def test_importance_is_the_attention_all_others_pay():
     """Equation 1 of the paper, as a direct loop."""
     torch.manual_seed(0)
@@ -119,6 +124,34 @@ def test_merging_keeps_the_weighted_mean(plan, seed):
         expected = (tokens * members).sum(-2) / members.sum(-2)
         torch.testing.assert_close(merged[..., slot, :], expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(merged_sizes[..., slot], members.sum((-2, -1)))
+
+
+@given(plans(), st.integers(0, 2**31))
+def test_a_token_that_is_alone_in_its_slot_stays_as_it_is_to_the_bit(plan, seed):
+    metric, num_merged, _, _, _, assignment = plan
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(2, 3, metric.shape[-2], 6, generator=generator)
+    sizes = torch.randint(1, 9, tokens.shape[:-1], generator=generator).float()
+    merged, merged_sizes = merge(tokens, sizes, assignment, metric.shape[-2] - num_merged)
+    alone = (assignment[..., None] == assignment[..., None, :]).sum(-1) == 1
+    alone &= assignment >= 0
+    assert torch.equal(unmerge(merged, assignment)[alone], tokens[alone])
+    assert torch.equal(unmerge(merged_sizes[..., None], assignment)[alone].squeeze(-1), sizes[alone])
+
+
+@given(plans(), st.integers(0, 2**31))
+def test_the_gradient_of_a_merge_is_that_of_the_weighted_mean(plan, seed):
+    metric, num_merged, _, _, _, assignment = plan
+    num_slots = metric.shape[-2] - num_merged
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(2, 3, metric.shape[-2], 6, generator=generator, dtype=torch.float64).requires_grad_()
+    sizes = torch.randint(1, 5, tokens.shape[:-1], generator=generator).double()
+    weights = torch.randn(2, 3, num_slots, 6, generator=generator, dtype=torch.float64)
+    members = (assignment[..., None, :] == torch.arange(num_slots)[:, None]) * sizes[..., None, :]
+    means = (members / members.sum(-1, keepdim=True)) @ tokens
+    (expected,) = torch.autograd.grad((means * weights).sum(), tokens)
+    (actual,) = torch.autograd.grad((merge(tokens, sizes, assignment, num_slots)[0] * weights).sum(), tokens)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @given(plans())

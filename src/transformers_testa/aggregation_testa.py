@@ -28,7 +28,7 @@ def limit_merges(num_merged: int, num_tokens: int, class_token_ahead: bool = Fal
 
 @torch.no_grad()
 def plan_aggregation(
-    metric: Tensor,
+    metric: Tensor | None,
     num_merged: int,
     strategy: str = "geometry",
     received_attention: Tensor | None = None,
@@ -38,7 +38,8 @@ def plan_aggregation(
     """Decide which tokens join.
 
     Args:
-        metric: `[..., N, D]`, what tokens are compared by (cosine). With `vote`, `[..., P, N, D]`: P opinions.
+        metric: `[..., N, D]`, what tokens are compared by (cosine). With `vote`, `[..., P, N, D]`: P opinions. Pruning
+            doesn't read it.
         num_merged: Tokens that go; at most [`limit_merges`].
         strategy: "geometry" lets every second token (set A) propose its most similar token among the others (set B)
             and accepts the `num_merged` best proposals. "importance" merges the `num_merged` tokens with the least
@@ -52,14 +53,15 @@ def plan_aggregation(
         `assignment [..., N]` (int64), the output slot in `[0, N - num_merged)` of each token, -1 where dropped. Slots
         are ordered: kept tokens of A, then B, each ascending; with "importance" all kept tokens ascending.
     """
-    with maybe_autocast(device_type=metric.device.type, enabled=False):
-        metric = F.normalize(metric.float(), dim=-1)
+    device = (received_attention if metric is None else metric).device
+    with maybe_autocast(device_type=device.type, enabled=False):
         if strategy == "geometry":
-            return _plan_geometry(metric, num_merged, class_token_ahead, vote)
+            return _plan_geometry(F.normalize(metric.float(), dim=-1), num_merged, class_token_ahead, vote)
         gone = _is_among_largest(-received_attention.float(), num_merged)
         slot_of_kept = (~gone).cumsum(-1) - 1
         if strategy == "prune":
             return torch.where(gone, -1, slot_of_kept)
+        metric = F.normalize(metric.float(), dim=-1)
         unavailable = gone[..., None, None, :] if vote else gone[..., None, :]
         similarity = (metric @ metric.transpose(-1, -2)).masked_fill(unavailable, -torch.inf)
         _, partner = _best_partner(similarity, vote)
@@ -99,6 +101,12 @@ def _is_among_largest(values: Tensor, count: int) -> Tensor:
     return is_larger | (is_equal & (is_equal.cumsum(dim=-1) <= num_equal))
 
 
+def mean_key(key: Tensor) -> Tensor:
+    """What tokens are compared by: the mean `[N, S, D]` (float32) over heads of their keys `[N, H, S, D]`."""
+    with torch.no_grad():
+        return key.mean(dim=1, dtype=torch.float32)
+
+
 def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Importance of each token: the attention that all other tokens pay to it (Eq. 1 of the paper), mean over heads.
 
@@ -118,6 +126,8 @@ def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 def merge(hidden_states: Tensor, token_sizes: Tensor, assignment: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """Replace the tokens of each slot by their mean, weighted by size.
 
+    A token that is alone in its slot comes out as it went in, to the bit.
+
     Args:
         hidden_states: `[..., N, *features]`; for frames `[B, T, L, D]`, merged along T.
         token_sizes: `[..., N, *features without the last]`, the number of input patches that a token stands for.
@@ -125,34 +135,65 @@ def merge(hidden_states: Tensor, token_sizes: Tensor, assignment: Tensor, num_sl
         num_slots: Tokens after the merge.
 
     Returns:
-        Tokens `[..., num_slots, *features]` in the dtype of `hidden_states`, summed in float32, and their sizes.
+        Tokens `[..., num_slots, *features]` in the dtype of `hidden_states`, means computed in float32, and their sizes.
     """
     with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
         token_sizes = token_sizes.float()
-        sums = _sum_slots(hidden_states.float() * token_sizes[..., None], assignment, num_slots)
-        sizes = _sum_slots(token_sizes, assignment, num_slots)
-        return (sums / sizes[..., None]).to(hidden_states.dtype), sizes
+        first, others = _first_of_each_slot(assignment, num_slots)
+        merged, sizes = _take(hidden_states, first), _take(token_sizes, first)
+        if others.shape[-1] == 0:
+            return merged, sizes
+        # Tokens join at most as many slots as there are others. Only the means of so many are computed; should fewer
+        # have received something, slots of one token are among them, whose mean is that token.
+        joins = (
+            assignment.gather(-1, others)[..., None, :] == torch.arange(num_slots, device=assignment.device)[:, None]
+        )
+        slots = joins.any(dim=-1).int().topk(min(num_slots, others.shape[-1]), dim=-1).indices
+        joins = _take(joins, slots).float()  # [..., slots, others]
+        other_sizes, slot_sizes = _take(token_sizes, others), _take(sizes, slots)
+        new_sizes = slot_sizes + _add_up(joins, other_sizes)
+        sums = _add_up(joins, _take(hidden_states, others).float() * other_sizes[..., None])
+        means = _take(merged, slots).float() * (slot_sizes / new_sizes)[..., None] + sums / new_sizes[..., None]
+        return _put(merged, slots, means.to(merged.dtype)), _put(sizes, slots, new_sizes)
 
 
-def _sum_slots(values: Tensor, assignment: Tensor, num_slots: int) -> Tensor:
-    features = values.shape[assignment.ndim :]
-    values = values.reshape(*assignment.shape, -1)
-    # The first token of each slot is gathered and the others are added by one small product: unlike a scatter, the
-    # order of summation is fixed on every device. Sorted are numbers that differ: ONNX has no stable sort.
+def _first_of_each_slot(assignment: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Return the index `[..., num_slots]` of the first token in each slot, and `[..., N - num_slots]` of the others."""
+    # Numbers that differ are sorted: ONNX has no stable sort.
     num_tokens = assignment.shape[-1]
-    place = torch.arange(num_tokens, device=values.device)
+    place = torch.arange(num_tokens, device=assignment.device)
     order = (assignment * num_tokens + place).argsort(dim=-1)
     slots = assignment.gather(-1, order)
     is_first = slots != F.pad(slots[..., :-1], (1, 0), value=-1)
     order = order.gather(-1, torch.where(is_first, place, num_tokens + place).argsort(dim=-1))
-    first, others = order[..., :num_slots], order[..., num_slots:]
-    joins = assignment.gather(-1, others)[..., None, :] == torch.arange(num_slots, device=values.device)[:, None]
-    sums = _take(values, first) + joins.to(values.dtype) @ _take(values, others)
-    return sums.reshape(*sums.shape[:-1], *features)
+    return order[..., :num_slots], order[..., num_slots:]
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(-2, index[..., None].expand(*index.shape, values.shape[-1]))
+    """Return the tokens `[..., M, *features]` of `values [..., N, *features]` at `index [..., M]`."""
+    # Whole rows are copied, which a gather of single numbers takes several times as long for.
+    rows = values.flatten(0, index.ndim - 1).index_select(0, _row_numbers(index, values.shape[index.ndim - 1]))
+    return rows.view(*index.shape, *values.shape[index.ndim :])
+
+
+def _put(values: Tensor, index: Tensor, new_values: Tensor) -> Tensor:
+    """Replace in place the tokens of `values [..., N, *features]` at `index [..., M]`, all different."""
+    rows = values.flatten(0, index.ndim - 1)
+    rows.index_copy_(0, _row_numbers(index, values.shape[index.ndim - 1]), new_values.flatten(0, index.ndim - 1))
+    return rows.view_as(values)
+
+
+def _row_numbers(index: Tensor, num_tokens: int) -> Tensor:
+    """Number tokens `[..., M]` through all leading dimensions."""
+    rows = index.flatten(0, -2) if index.ndim > 1 else index[None]
+    return (rows + num_tokens * torch.arange(rows.shape[0], device=index.device)[:, None]).flatten()
+
+
+def _add_up(joins: Tensor, values: Tensor) -> Tensor:
+    """Sum `values [..., M, *features]` into slots by `joins [..., slots, M]`, in a fixed order on every device."""
+    return (joins @ values.reshape(*values.shape[: joins.ndim - 1], -1)).view(
+        *joins.shape[:-1], *values.shape[joins.ndim - 1 :]
+    )
 
 
 def unmerge(hidden_states: Tensor, assignment: Tensor) -> Tensor:

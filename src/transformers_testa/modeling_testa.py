@@ -31,6 +31,7 @@ from .aggregation_testa import (
     flatten_frames,
     flatten_patches,
     limit_merges,
+    mean_key,
     merge,
     plan_aggregation,
     received_attention,
@@ -301,13 +302,14 @@ class TestaVideoAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        context = context.flatten(2).unflatten(0, (B, G))  # [B*G, S, heads, D/heads] -> [B, G, S, D]
-        if class_tokens is not None:
-            class_context, context = context[:, :, :1], context[:, :, 1:]
-            if class_tokens.shape[1] < G:
-                class_context = class_context.mean(dim=1, keepdim=True)
-            class_tokens = self.dropout(self.proj(class_context))
-        return self.dropout(self.proj(context)), attention_weights, class_tokens, query, key
+        # [B*G, S, heads, D/heads] -> [B, G, S, D]; projected in one piece, since a part would be copied first
+        outputs = self.dropout(self.proj(context.flatten(2).unflatten(0, (B, G))))
+        if class_tokens is None:
+            return outputs, attention_weights, None, query, key
+        class_outputs, outputs = outputs[:, :, :1], outputs[:, :, 1:]
+        if class_tokens.shape[1] < G:
+            class_outputs = class_outputs.mean(dim=1, keepdim=True)
+        return outputs, attention_weights, class_outputs, query, key
 
     def size_bias(self, token_sizes: Tensor, has_class_token: bool, dtype: torch.dtype) -> Tensor | None:
         """Return the bias `[B * G, 1, 1, (1 +) S]` by which a token counts as the patches merged into it."""
@@ -340,9 +342,9 @@ class TestaTemporalBlock(nn.Module):
         self, patches: Tensor, token_sizes: Tensor, token_map: Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Update patches `[B, T, L, D]`, sizes `[B, T, L]` and the map `[B, T0, L0]` of input patches to tokens."""
-        # [B, T, L, D] -> [B, L, T, D]
+        # [B, T, L, D] -> [B, L, T, D]; the norm, and nothing else, copies the tokens into this order
         residual, _, _, query, key = self.attention(
-            self.norm(patches).transpose(1, 2), token_sizes.transpose(1, 2), **kwargs
+            self.norm(patches.transpose(1, 2)), token_sizes.transpose(1, 2), **kwargs
         )
         if self.config.use_temporal_scaling:
             residual = residual * (resize_time(self.temporal_scaling, patches.shape[1]).tanh() + 1)
@@ -358,19 +360,15 @@ class TestaTemporalBlock(nn.Module):
 
     def plan(self, query: Tensor, key: Tensor, num_patches: int, num_merged: int) -> Tensor:
         """Decide from queries and keys `[B * L, heads, T, D / heads]` which frames merge: `[B, T]`."""
-        vote = self.config.frame_matching == "vote"
-        metric = key.float().mean(dim=1).unflatten(0, (-1, num_patches))  # [B, L, T, D/heads]
-        importance = None
-        if self.config.aggregation_strategy != "geometry":
+        strategy, vote = self.config.aggregation_strategy, self.config.frame_matching == "vote"
+        metric = importance = None
+        if strategy != "prune":
+            metric = mean_key(key).unflatten(0, (-1, num_patches))  # [B, L, T, D/heads]
+            metric = metric if vote else metric.mean(dim=1)
+        if strategy != "geometry":
             importance = received_attention(query, key, self.attention.scaling)
             importance = importance.unflatten(0, (-1, num_patches)).mean(dim=1)
-        return plan_aggregation(
-            metric if vote else metric.mean(dim=1),
-            num_merged,
-            self.config.aggregation_strategy,
-            received_attention=importance,
-            vote=vote,
-        )
+        return plan_aggregation(metric, num_merged, strategy, received_attention=importance, vote=vote)
 
 
 class TestaSpatialBlock(nn.Module):
@@ -410,16 +408,13 @@ class TestaSpatialBlock(nn.Module):
 
     def plan(self, query: Tensor, key: Tensor, num_groups: int, num_merged: int) -> Tensor:
         """Decide from queries and keys `[B * G, heads, 1 + L, D / heads]` which patches merge: `[B, G, L]`."""
-        importance = None
-        if self.config.aggregation_strategy != "geometry":
+        strategy = self.config.aggregation_strategy
+        metric = importance = None
+        if strategy != "prune":
+            metric = mean_key(key[:, :, 1:]).unflatten(0, (-1, num_groups))
+        if strategy != "geometry":
             importance = received_attention(query, key, self.attention.scaling)[:, 1:].unflatten(0, (-1, num_groups))
-        return plan_aggregation(
-            key[:, :, 1:].float().mean(dim=1).unflatten(0, (-1, num_groups)),
-            num_merged,
-            self.config.aggregation_strategy,
-            received_attention=importance,
-            class_token_ahead=True,
-        )
+        return plan_aggregation(metric, num_merged, strategy, received_attention=importance, class_token_ahead=True)
 
 
 def _trace(token_map: Tensor, assignment: Tensor) -> Tensor:
