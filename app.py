@@ -12,6 +12,7 @@ import functools
 import hashlib
 import html
 import io
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -25,9 +26,10 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from transformers_testa import TestaForRetrieval, TestaForVideoQA, VideoQuestionAnsweringPipeline
+from transformers_testa.budgets import least_keep_ratio, plan_merges
 from transformers_testa.flops import count_video_gflops
 from transformers_testa.gallery import Gallery
-from transformers_testa.merging import count_kept, merges_to_keep, with_merges
+from transformers_testa.merging import count_kept, with_merges
 from transformers_testa.processing_testa import TestaProcessor
 from transformers_testa.retrieval import VideoSearch, find_videos, index_videos, inference
 from transformers_testa.visualization import draw_merged_regions
@@ -42,7 +44,7 @@ logging.set_verbosity_error()
 VIDEOS_SHOWN = 6
 FRAMES_SHOWN = 3
 ANSWERS_SHOWN = 3
-LEAST_KEPT, STEP = 25, 5  # percent of the tokens
+STEP = 5  # percent of the cost
 DISPLAY_SIZE = {"max_height": 240, "max_width": 320}
 
 STYLE = """
@@ -68,10 +70,11 @@ figcaption { font-size: .85em; text-align: center }
 
 
 class AdjustableModel:
-    """A model that is to be had with any percentage of its tokens kept; all share their weights.
+    """A model that is to be had at any percentage of what it costs without merging; all share their weights.
 
     Attributes:
         own_percent: Stands for the merging that the model was saved with, the nearest on the slider's scale.
+        least_percent: The lowest on that scale.
     """
 
     def __init__(self, model_class: type[PreTrainedModel], name: str):
@@ -91,14 +94,15 @@ class AdjustableModel:
         self.processor: TestaProcessor = AutoProcessor.from_pretrained(name)
         self._config = self._model.config.video_config
         self._unmerged_gflops = count_video_gflops(with_merges(self._model, 0, 0).config.video_config)
-        own_share = np.prod(count_kept(self._config)) / (self._config.num_frames * self._config.num_patches)
-        self.own_percent = max(LEAST_KEPT, STEP * round(100 * own_share / STEP))
+        own_ratio = count_video_gflops(self._config) / self._unmerged_gflops
+        self.least_percent = STEP * math.ceil(100 * least_keep_ratio(self._config) / STEP)
+        self.own_percent = max(self.least_percent, STEP * round(100 * own_ratio / STEP))
         self.with_percent = functools.cache(self._with_percent)
 
     def _with_percent(self, percent: int) -> PreTrainedModel:
         if percent == self.own_percent:
             return self._model
-        return with_merges(self._model, *merges_to_keep(self._config, percent / 100))
+        return with_merges(self._model, *plan_merges(self._config, keep_ratio=percent / 100))
 
     def describe(self, percent: int) -> str:
         """Say what a percentage costs."""
@@ -274,9 +278,9 @@ def build_page(page: Page, folder: str) -> gr.Blocks:
 
     def slider(model: AdjustableModel, name: str, purpose: str = "") -> gr.Slider:
         percent = gr.Slider(
-            *(LEAST_KEPT, 100, model.own_percent),
+            *(model.least_percent, 100, model.own_percent),
             step=STEP,
-            label=f"Tokens to keep{purpose}, %",
+            label=f"Cost to spend{purpose}, %",
             elem_id=f"{name}-percent",
         )
         cost = gr.Markdown(model.describe(model.own_percent), elem_id=f"{name}-cost")
@@ -301,7 +305,7 @@ def build_page(page: Page, folder: str) -> gr.Blocks:
     with gr.Blocks(title="TESTA: search long videos", analytics_enabled=False) as blocks:
         gr.Markdown(
             "# Search long videos\nIndex a folder, then find the video that a paragraph describes. Inside the model similar "
-            "frames and patches merge: the fewer tokens it keeps, the faster it reads a video."
+            "frames and patches merge: the less it may spend, the more merge, and the faster it reads a video."
         )
         index = gr.State()
         with gr.Row():

@@ -20,8 +20,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from transformers_testa import TestaForRetrieval, TestaForVideoQA
+from transformers_testa.budgets import plan_merges
 from transformers_testa.flops import count_video_gflops
-from transformers_testa.merging import merges_to_keep
 
 
 APP = Path(__file__).parents[1] / "app.py"
@@ -187,8 +187,8 @@ def test_the_slider_changes_the_gflops_shown(browser):
     config = tiny_config().video_config
     assert f"{count_video_gflops(config):.3g} GFLOPs" in browser.text("index-cost")
     assert "how the model was trained" in browser.text("index-cost")
-    for percent in (50, 100):
-        frames, patches = merges_to_keep(config, percent / 100)
+    for percent in (90, 100):
+        frames, patches = plan_merges(config, keep_ratio=percent / 100)
         merging = tiny_config(merged_frames_per_layer=frames, merged_patches_per_layer=patches).video_config
         browser.keep("index-percent", percent)
         cost = browser.wait_for("index-cost", f"{count_video_gflops(merging):.3g} GFLOPs")

@@ -48,7 +48,9 @@ ARCHITECTURES = [
 ]
 CODE = {
     "aggregation_testa.py",
+    "budgets.py",
     "configuration_testa.py",
+    "flops.py",
     "modeling_testa.py",
     "objectives.py",
     "processing_testa.py",
@@ -270,7 +272,7 @@ def test_an_exported_folder_holds_the_model_its_card_and_the_code_that_it_needs(
     assert set(files_of(exported.folder / "TestaTextModel")) == {
         *(SAVED - {"processor_config.json"}),
         "README.md",
-        *("aggregation_testa.py", "configuration_testa.py", "modeling_testa.py", "objectives.py"),
+        *(CODE - {"processing_testa.py", "video_decoding_testa.py", "video_processing_testa.py"}),
     }
 
 

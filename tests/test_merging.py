@@ -1,11 +1,9 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from retrieval_world import tiny_config
 
-from transformers_testa import TestaForRetrieval, TestaTextModel, TestaVideoConfig, TestaVideoModel
-from transformers_testa.merging import count_kept, merges_to_keep, with_merges
+from transformers_testa import TestaForRetrieval, TestaTextModel, TestaVideoModel
+from transformers_testa.merging import count_kept, with_merges
 
 
 ATTENTION_TYPES = ["divided_space_time", "joint_space_time", "space_only"]
@@ -41,38 +39,6 @@ def test_merges_that_do_not_fit_are_refused():
         with_merges(model, 3, 0)
     with pytest.raises(ValueError, match="TestaTextModel has no video encoder"):
         with_merges(TestaTextModel(tiny_config().text_config), 1, 1)
-    for share in (0, 1.2):
-        with pytest.raises(ValueError, match=f"share is {share}; above 0"):
-            merges_to_keep(model.config.video_config, share)
-
-
-@given(
-    share=st.floats(0.25, 1),
-    num_frames=st.integers(4, 96),
-    side=st.integers(4, 14),
-    blocks=st.integers(3, 12),
-    attention_type=st.sampled_from(ATTENTION_TYPES),
-)
-def test_the_share_that_was_asked_for_is_kept(share, num_frames, side, blocks, attention_type):
-    settings = {"num_frames": num_frames, "image_size": 16 * side, "num_hidden_layers": blocks}
-    config = TestaVideoConfig(**settings, attention_type=attention_type)
-    frames, patches = merges_to_keep(config, share)
-    assert max(frames) - min(frames) <= 1 and max(patches) - min(patches) <= 1
-    merging = TestaVideoConfig(
-        **settings,
-        attention_type=attention_type,
-        merged_frames_per_layer=frames,
-        merged_patches_per_layer=patches,
-    )
-    kept_frames, kept_patches = count_kept(merging)
-    # The number of patches is a whole one, and so is that of frames, to which it is adapted.
-    assert kept_frames * kept_patches == pytest.approx(share * num_frames * side**2, abs=0.5 * kept_frames + 1e-6)
-
-
-def test_time_stays_as_it_is_where_it_may_not_shrink():
-    config = TestaVideoConfig(use_temporal_scaling=True)
-    frames, patches = merges_to_keep(config, 0.5)
-    assert frames == [0] * 12 and sum(patches) == 98
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)

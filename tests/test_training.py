@@ -26,6 +26,7 @@ from transformers_testa.arguments import (
 from transformers_testa.data.annotations import load_annotations
 from transformers_testa.data.datasets import VideoTextDataset, collate_training_samples
 from transformers_testa.data.sampling import EpochBatchSampler
+from transformers_testa.flops import count_video_gflops
 from transformers_testa.reporting import write_model_card
 from transformers_testa.training import (
     Checkpoints,
@@ -127,6 +128,33 @@ def test_a_value_of_the_wrong_type_is_named(tmp_path, capsys):
 
 
 # --- Optimiser and schedule --------------------------------------------------------------------------------------------
+
+
+def test_a_budget_chooses_merges_for_the_frames_of_the_run_and_tells_them(tmp_path, caplog):
+    TestaForRetrieval(tiny_config(num_hidden_layers=3)).save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    caplog.set_level("INFO", logger="transformers_testa")
+    model_args = ModelArguments(model_name_or_path=str(tmp_path), keep_ratio=0.7, merge_schedule="decreasing")
+    model, _ = build_model(TestaForRetrieval, model_args, DataArguments(num_frames=12))
+    config = model.config.video_config
+    unmerged = count_video_gflops(config, num_frames=12, merges=([0] * 3, [0] * 3))
+    assert 0.6 * unmerged < count_video_gflops(config) <= 0.7 * unmerged
+    assert (
+        f"Blocks merge {config.merged_frames} frames and {config.merged_patches} patches of each frame" in caplog.text
+    )
+    assert model.get_video_features(torch.zeros(1, 12, 3, 32, 32)).last_hidden_state.shape[1] < 12 * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_ratio": 0.5, "merged_patches_per_layer": 3}, "either merged_patches_per_layer or keep_ratio"),
+        ({"merge_schedule": "increasing"}, "merge_schedule is 'increasing'; it needs keep_ratio or max_gflops"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArguments(config_name="folder", **settings)
 
 
 def test_biases_norms_embeddings_and_scalars_are_not_decayed():

@@ -19,7 +19,10 @@ from transformers_testa.video_processing_testa import available_threads
 class ModelArguments:
     """Which model. `free` names, here and below, the arguments that may change when a run goes on from a checkpoint."""
 
-    free: ClassVar[tuple[str, ...]] = ("config_name", "init_from_blip", "attn_implementation")
+    free: ClassVar[tuple[str, ...]] = (
+        *("config_name", "init_from_blip", "attn_implementation"),
+        *("keep_ratio", "max_gflops", "merge_schedule"),  # what they lead to is in the model's configuration
+    )
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A trained model, to go on from or to use."}
@@ -32,6 +35,14 @@ class ModelArguments:
     )
     merged_frames_per_layer: int | None = field(default=None, metadata={"help": "The paper's R_T; else the config's."})
     merged_patches_per_layer: int | None = field(default=None, metadata={"help": "R_S; else the config's."})
+    keep_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Instead of counts: share of the GFLOPs without merging that a video may cost, say 0.5."},
+    )
+    max_gflops: float | None = field(default=None, metadata={"help": "The same in GFLOPs."})
+    merge_schedule: Literal["constant", "decreasing", "increasing"] = field(
+        default="constant", metadata={"help": "How merges chosen by keep_ratio or max_gflops spread over the blocks."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
     def __post_init__(self):
@@ -39,6 +50,14 @@ class ModelArguments:
             raise ValueError("Give either model_name_or_path (trained weights) or config_name (new weights).")
         if self.init_from_blip and self.config_name is None:
             raise ValueError("init_from_blip needs config_name: the folder of the new model's configuration.")
+        counts, budget = (
+            [name for name in names if getattr(self, name) is not None]
+            for names in (("merged_frames_per_layer", "merged_patches_per_layer"), ("keep_ratio", "max_gflops"))
+        )
+        if counts and budget:
+            raise ValueError(f"Give either {counts[0]} or {budget[0]}, which chooses counts itself.")
+        if self.merge_schedule != "constant" and not budget:
+            raise ValueError(f"merge_schedule is {self.merge_schedule!r}; it needs keep_ratio or max_gflops.")
 
 
 @dataclass

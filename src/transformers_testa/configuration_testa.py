@@ -2,15 +2,20 @@
 
 from dataclasses import fields
 from difflib import get_close_matches
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .budgets import plan_merges
+
 
 class _TestaBaseConfig(PreTrainedConfig):
+    _arguments: ClassVar[tuple[str, ...]] = ()  # that aren't fields
+
     def __post_init__(self, **kwargs):
         # The base class stores any unknown argument as an attribute: a misspelt field would silently do nothing.
-        names = [field.name for field in fields(self)]
+        names = [*(field.name for field in fields(self)), *self._arguments]
         for argument in kwargs:
             if close := get_close_matches(argument, names, n=1, cutoff=0.88):
                 raise ValueError(f"{type(self).__name__} has no field `{argument}`; did you mean `{close[0]}`?")
@@ -74,10 +79,15 @@ class TestaVideoConfig(_TestaBaseConfig):
             merged token counts as the patches it stands for.
         use_temporal_scaling: Whether each frame has a learned gain on its temporal attention, as in the paper's
             pre-training. Needs divided attention and no frame merging.
+        keep_ratio: Instead of counts of merges: what a video may cost, as a share of the GFLOPs without merging. Counts
+            are chosen for `num_frames` by [`plan_merges`] and stored; this and the next two arguments are not.
+        max_gflops: The same, in GFLOPs.
+        merge_schedule: How the chosen merges spread over the blocks: "constant", "decreasing" or "increasing".
     """
 
     model_type = "testa_video_model"
     base_config_key = "video_config"
+    _arguments: ClassVar = ("keep_ratio", "max_gflops", "merge_schedule")
 
     image_size: int = 224
     patch_size: int = 16
@@ -101,6 +111,36 @@ class TestaVideoConfig(_TestaBaseConfig):
     frame_matching: str = "mean"
     proportional_attention: bool = False
     use_temporal_scaling: bool = False
+
+    def __post_init__(
+        self,
+        keep_ratio: float | None = None,
+        max_gflops: float | None = None,
+        merge_schedule: str | None = None,
+        **kwargs,
+    ):
+        super().__post_init__(**kwargs)
+        if keep_ratio is None and max_gflops is None:
+            if merge_schedule is not None:
+                raise ValueError(f"merge_schedule is {merge_schedule!r}; it needs a keep_ratio or max_gflops.")
+            return
+        for field in ("merged_frames_per_layer", "merged_patches_per_layer"):
+            self._require(not getattr(self, field), field, "give either counts of merges or a budget for them")
+        merges = plan_merges(self, keep_ratio, max_gflops, merge_schedule or "constant")
+        self.merged_frames_per_layer, self.merged_patches_per_layer = merges
+        self.validate_architecture()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # The base class sets what is given beside a dictionary after making the object, too late for a budget.
+        if any(name in kwargs for name in cls._arguments):
+            names = {*cls._arguments, *(field.name for field in fields(cls))}
+            config_dict = {
+                **config_dict,
+                **{"merged_frames_per_layer": 0, "merged_patches_per_layer": 0},
+                **{name: kwargs.pop(name) for name in names & set(kwargs)},
+            }
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_patches(self) -> int:

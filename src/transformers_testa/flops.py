@@ -1,7 +1,10 @@
 """Multiply-adds of the video encoder, counted as the paper's tables count them."""
 
+from collections.abc import Sequence
+
+from transformers import PreTrainedConfig
+
 from .aggregation_testa import limit_merges
-from .configuration_testa import TestaVideoConfig
 
 
 # A layer norm with weight and bias: mean, variance, scale and shift take five operations an element.
@@ -9,7 +12,10 @@ LAYER_NORM_COST = 5
 
 
 def count_video_gflops(
-    config: TestaVideoConfig, num_frames: int | None = None, image_size: int | None = None
+    config: PreTrainedConfig,
+    num_frames: int | None = None,
+    image_size: int | None = None,
+    merges: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> float:
     """Return the GFLOPs of encoding one video: convolution, linear layers, matrix products and layer norms.
 
@@ -17,9 +23,10 @@ def count_video_gflops(
     is read from don't, as in the paper.
 
     Args:
-        config: The encoder, with its aggregation.
+        config: The encoder's [`TestaVideoConfig`], with its aggregation.
         num_frames: Frames of the video; `config.num_frames` where None.
         image_size: Height and width of its frames in pixels; `config.image_size` where None.
+        merges: Frames and patches that each block merges away; those of `config` where None.
     """
     frames = config.num_frames if num_frames is None else num_frames
     patches = ((config.image_size if image_size is None else image_size) // config.patch_size) ** 2
@@ -29,7 +36,8 @@ def count_video_gflops(
         frames, patches = 1, frames * patches  # one group of tokens
     class_tokens = frames if config.attention_type == "space_only" else 1
 
-    for merged_frames, merged_patches in zip(config.merged_frames, config.merged_patches, strict=True):
+    merges = (config.merged_frames, config.merged_patches) if merges is None else merges
+    for merged_frames, merged_patches in zip(*merges, strict=True):
         if is_divided:
             tokens = frames * patches
             operations += tokens * (5 * width**2 + LAYER_NORM_COST * width)  # qkv, projection, temporal_fc
@@ -51,7 +59,7 @@ def count_video_gflops(
     return operations / 1e9
 
 
-def _comparison(config: TestaVideoConfig, opinions: int, num_tokens: int, num_merged: int) -> int:
+def _comparison(config: PreTrainedConfig, opinions: int, num_tokens: int, num_merged: int) -> int:
     """Operations of comparing tokens by their keys."""
     if num_merged == 0 or config.aggregation_strategy == "prune":
         return 0

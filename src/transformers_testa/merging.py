@@ -49,36 +49,3 @@ def count_kept(config: TestaVideoConfig) -> tuple[int, int]:
         frames -= limit_merges(merged_frames, frames)
         patches -= limit_merges(merged_patches, patches, class_token_ahead=True)
     return frames, patches
-
-
-def merges_to_keep(config: TestaVideoConfig, share: float) -> tuple[list[int], list[int]]:
-    """Choose merges that leave about this share of a video's patch tokens after the last block.
-
-    Divided attention shortens time and space alike; temporal scaling and the other kinds of attention leave time as it
-    is. Every block merges as many, give or take one.
-
-    Args:
-        config: The encoder.
-        share: Of the tokens to keep, above 0 and at most 1.
-
-    Returns:
-        `merged_frames_per_layer` and `merged_patches_per_layer`.
-
-    Raises:
-        ValueError: For another share.
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; above 0 and at most 1 is needed.")
-    frames, patches = config.num_frames, config.num_patches
-    kept_frames = frames
-    if config.attention_type == "joint_space_time":
-        patches *= frames
-    elif config.attention_type == "divided_space_time" and not config.use_temporal_scaling:
-        kept_frames = max(1, round(frames * share**0.5))
-    kept_patches = min(patches, max(1, round(patches * share * frames / kept_frames)))
-    blocks = config.num_hidden_layers
-    return _spread(frames - kept_frames, blocks), _spread(patches - kept_patches, blocks)
-
-
-def _spread(count: int, blocks: int) -> list[int]:
-    return [count * (block + 1) // blocks - count * block // blocks for block in range(blocks)]

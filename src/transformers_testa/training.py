@@ -24,13 +24,15 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, get_scheduler
 
 from transformers_testa.arguments import DataArguments, ModelArguments, ObjectiveArguments, TrainingArguments
-from transformers_testa.configuration_testa import TestaConfig
+from transformers_testa.budgets import plan_merges
+from transformers_testa.configuration_testa import TestaConfig, TestaVideoConfig
 from transformers_testa.conversion import from_blip
 from transformers_testa.data.annotations import Task, load_annotations
 from transformers_testa.data.augmentation import VideoAugmentation
 from transformers_testa.data.benchmarks import BENCHMARKS, load_benchmark, load_hub_dataset
 from transformers_testa.data.datasets import BrokenVideos, VideoQuestionsDataset, VideoTextDataset, cache_frames
 from transformers_testa.data.sampling import EpochBatchSampler, distractor_rows
+from transformers_testa.flops import count_video_gflops
 from transformers_testa.modeling_testa import resize_time
 from transformers_testa.momentum import MomentumTraining
 from transformers_testa.processing_testa import TestaProcessor
@@ -70,6 +72,8 @@ def build_model(
     stored_frames = config.video_config.num_frames
     _override(config.video_config, data_args, "num_frames")
     _override(config.video_config, model_args, "merged_frames_per_layer", "merged_patches_per_layer")
+    if model_args.keep_ratio is not None or model_args.max_gflops is not None:
+        _plan_within_budget(config.video_config, model_args)
     if any(config.video_config.merged_frames):
         config.video_config.use_temporal_scaling = False
     config.video_config.validate_architecture()
@@ -121,6 +125,16 @@ def _load_model(
     model = model_class(config)
     model.load_state_dict(weights | resized)
     return model.eval()
+
+
+def _plan_within_budget(config: TestaVideoConfig, model_args: ModelArguments):
+    config.use_temporal_scaling = False
+    merges = plan_merges(config, model_args.keep_ratio, model_args.max_gflops, model_args.merge_schedule)
+    config.merged_frames_per_layer, config.merged_patches_per_layer = merges
+    logger.info(
+        f"Blocks merge {merges[0]} frames and {merges[1]} patches of each frame: {count_video_gflops(config):.1f} GFLOPs "
+        f"for {config.num_frames} frames, of {count_video_gflops(config, merges=([0] * len(merges[0]),) * 2):.1f}."
+    )
 
 
 def _override(settings: Any, arguments: Any, *names: str):
