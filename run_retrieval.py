@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import transformers
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
 
@@ -42,7 +43,7 @@ from transformers_testa.reporting import (
     retrieval_table,
     set_up_logging,
 )
-from transformers_testa.retrieval import RetrievalDetails, VideoSearch, index_videos
+from transformers_testa.retrieval import RetrievalDetails, VideoSearch, index_videos_together, repair_gallery
 from transformers_testa.training import (
     Progress,
     build_model,
@@ -65,18 +66,35 @@ python run_retrieval.py --model_name_or_path {folder} --index_folder videos --ga
 @dataclass
 class RetrievalArguments:
     free: ClassVar[tuple[str, ...]] = (
-        *("rerank_k", "num_example_queries", "index_folder", "gallery_dir", "query", "top_k"),
+        *(
+            "rerank_k",
+            "num_example_queries",
+            "index_folder",
+            "gallery_dir",
+            "gallery_dtype",
+            "repair",
+            "query",
+            "top_k",
+        ),
     )
 
     rerank_k: int = field(default=128, metadata={"help": "Candidates that the matching head reads; 0: no re-ranking."})
     num_example_queries: int = field(default=0, metadata={"help": "Searches to show after an evaluation."})
     index_folder: str | None = field(default=None, metadata={"help": "Folder of videos to add to the gallery."})
     gallery_dir: str | None = field(default=None, metadata={"help": "Where the gallery of embedded videos is kept."})
+    gallery_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "How token features are stored: float32, bfloat16 or int8; bfloat16 in a new gallery.",
+            "choices": list(Gallery.DTYPES),
+        },
+    )
+    repair: bool = field(default=False, metadata={"help": "Make damaged files of the gallery anew from the videos."})
     query: list[str] | None = field(default=None, metadata={"help": "One or more texts to search the gallery for."})
     top_k: int = field(default=10, metadata={"help": "Videos to show for a query."})
 
     def __post_init__(self):
-        if (self.index_folder or self.query) and self.gallery_dir is None:
+        if (self.index_folder or self.query or self.repair) and self.gallery_dir is None:
             raise ValueError("gallery_dir is missing: the folder where the gallery of embedded videos is kept.")
 
 
@@ -89,7 +107,7 @@ def main(command_line: list[str]):
     arguments = parse_arguments(ARGUMENT_CLASSES, command_line)
     model_args, data_args, objective_args, retrieval_args, args = arguments
     if not (args.do_train or args.do_eval or args.do_predict or retrieval_args.gallery_dir):
-        raise ValueError("Nothing to do: pass do_train, do_eval, do_predict, or index_folder or query.")
+        raise ValueError("Nothing to do: pass do_train, do_eval, do_predict, or index_folder, repair or query.")
     accelerator = create_accelerator(args)
     set_up_logging(accelerator)
     set_seed(args.seed)
@@ -120,11 +138,11 @@ def main(command_line: list[str]):
         moment = "after training"
     if evaluator.tables:
         evaluator(progress, moment)
-    if accelerator.is_main_process:
-        if args.output_dir:
-            report(evaluator, progress, moment, arguments)
-        if retrieval_args.gallery_dir:
-            search(evaluator.model, processor, retrieval_args, args)
+    if accelerator.is_main_process and args.output_dir:
+        report(evaluator, progress, moment, arguments)
+    fill_gallery(accelerator, evaluator.model, processor, retrieval_args, args)
+    if accelerator.is_main_process and retrieval_args.query:
+        search(evaluator.model, processor, retrieval_args)
     accelerator.end_training()
 
 
@@ -170,24 +188,43 @@ def show_examples(details: RetrievalDetails, table: Dataset, num_queries: int):
             print(f"{rank:3}. {scores[row, column]:8.3f}  {details.video_ids[column]}")
 
 
-def search(
-    model: TestaForRetrieval, processor: TestaProcessor, retrieval_args: RetrievalArguments, args: TrainingArguments
+def fill_gallery(
+    accelerator: Accelerator,
+    model: TestaForRetrieval,
+    processor: TestaProcessor,
+    retrieval_args: RetrievalArguments,
+    args: TrainingArguments,
 ):
-    """Add a folder of videos to the gallery, and print what is found for each query: rank, score, path."""
+    """Repair the gallery, and add a folder of videos to it, on all processes."""
+    folder, dtype = retrieval_args.gallery_dir, Gallery.DTYPES.get(retrieval_args.gallery_dtype)
+    if retrieval_args.repair and accelerator.is_main_process:
+        with Gallery(folder, model, writable=True, dtype=dtype, damaged=True) as gallery:
+            mended = repair_gallery(model, processor, gallery)
+        print(
+            f"{len(mended.damages)} damaged files found, {mended.repaired} videos embedded again, "
+            f"{len(mended.failed)} could not be read any more and are removed."
+        )
+    accelerator.wait_for_everyone()
     if retrieval_args.index_folder:
-        with Gallery(retrieval_args.gallery_dir, model, writable=True) as gallery:
-            done = index_videos(
-                model, processor, retrieval_args.index_folder, gallery, args.per_device_eval_batch_size
-            )
-        print(f"{done.added} videos added, {done.skipped} were there, {len(done.failed)} could not be read.")
-    if retrieval_args.query:
-        video_search = VideoSearch(model, processor, Gallery(retrieval_args.gallery_dir, model))
-        queries = [clean_caption(query) for query in retrieval_args.query]
-        results = video_search.search(queries, retrieval_args.top_k, retrieval_args.rerank_k)
-        for query, found in zip(retrieval_args.query, results, strict=True):
-            print(f"\n{query}")
-            for rank, result in enumerate(found, start=1):
-                print(f"{rank:3}. {result.score:8.3f}  {result.id}")
+        done = index_videos_together(
+            *(model, processor, retrieval_args.index_folder, folder, accelerator),
+            dtype=dtype,
+            batch_size=args.per_device_eval_batch_size,
+        )
+        accelerator.print(
+            f"{done.added} videos added, {done.skipped} were there, {len(done.failed)} could not be read."
+        )
+
+
+def search(model: TestaForRetrieval, processor: TestaProcessor, retrieval_args: RetrievalArguments):
+    """Print what is found in the gallery for each query: rank, score, path."""
+    video_search = VideoSearch(model, processor, Gallery(retrieval_args.gallery_dir, model))
+    queries = [clean_caption(query) for query in retrieval_args.query]
+    results = video_search.search(queries, retrieval_args.top_k, retrieval_args.rerank_k)
+    for query, found in zip(retrieval_args.query, results, strict=True):
+        print(f"\n{query}")
+        for rank, result in enumerate(found, start=1):
+            print(f"{rank:3}. {result.score:8.3f}  {result.id}")
 
 
 if __name__ == "__main__":

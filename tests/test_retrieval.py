@@ -1,31 +1,35 @@
 import logging
 import math
+import re
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given
 from hypothesis import strategies as st
 from retrieval_world import tiny_config, tiny_processor
 from torch.utils.data import DataLoader
 from video_files import write_video
 
-from transformers_testa import TestaForRetrieval
+from transformers_testa import TestaForRetrieval, TestaVideoModel
 from transformers_testa.gallery import Gallery
-from transformers_testa.merging import with_merges
+from transformers_testa.merging import count_tokens, with_merges
 from transformers_testa.metrics import RetrievalMetric, retrieval_metrics
 from transformers_testa.retrieval import (
     VideoSearch,
     evaluate_retrieval,
     find_videos,
     index_videos,
+    index_videos_together,
     match_scores,
     match_texts,
     plan_matching,
+    repair_gallery,
     rerank,
-    search,
 )
 
 
@@ -199,35 +203,107 @@ def test_the_models_mode_is_restored(tmp_path, processor, folder):
     assert [module.training for module in model.modules()] == modes
 
 
+def index_in_one_of_several_processes(folder, gallery_folder):
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    report = index_videos_together(
+        tiny_model(), tiny_processor(), folder, gallery_folder, accelerator, torch.float32, 2
+    )
+    torch.save((report.added, report.skipped, report.failed), gallery_folder / f"{accelerator.process_index}.pt")
+
+
+def test_two_processes_fill_one_gallery_and_go_on_where_it_was_left(tmp_path, model, processor, folder, gallery):
+    videos = Path(shutil.copytree(folder, tmp_path / "videos"))
+    (videos / "z.mp4").write_bytes(b"this is no video")
+    with Gallery(tmp_path / "gallery", model, writable=True, dtype=torch.float32) as begun:
+        index_videos(model, processor, [videos / "b.mkv"], begun)
+    debug_launcher(index_in_one_of_several_processes, args=(videos, tmp_path / "gallery"), num_processes=2)
+    for process in range(2):
+        added, skipped, failed = torch.load(tmp_path / "gallery" / f"{process}.pt")
+        assert (added, skipped, list(failed)) == (4, 1, [str(videos / "z.mp4")])
+    filled = Gallery(tmp_path / "gallery", model)
+    filled.verify()
+    assert sorted(filled.ids) == [str(videos / Path(path).relative_to(folder)) for path in sorted(gallery.ids)]
+    for path in gallery.ids:
+        row = filled.row(str(videos / Path(path).relative_to(folder)))
+        torch.testing.assert_close(filled.embeddings()[row], gallery.embeddings()[gallery.row(path)])
+        torch.testing.assert_close(filled.hidden_states([row]), gallery.hidden_states([gallery.row(path)]))
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # or processes that are started later take it for theirs
+    GradientState._reset_state()
+
+
+def test_the_size_on_disk_is_told_before_anything_is_embedded(tmp_path, model, processor, folder, accelerator, caplog):
+    with caplog.at_level(logging.WARNING):
+        index_videos_together(model, processor, folder, tmp_path, accelerator, torch.int8)
+    told = re.search(r"5 videos will take ([\d.]+) kB in .*tokens each, stored in int8\); .* are free", caplog.text)
+    sizes = [path.stat().st_size for path in tmp_path.iterdir() if path.name != "gallery.jsonl"]
+    # Each shard has a header of its own.
+    assert sum(sizes) - 1000 < 1000 * float(told[1]) < sum(sizes)
+
+
+@pytest.mark.parametrize("changes", [{"attention_type": "space_only", "merged_frames_per_layer": 0}, {}])
+def test_the_number_of_tokens_is_counted_as_the_encoder_gives_them(changes):
+    config = tiny_config(**changes).video_config
+    for num_frames in (6, 9):
+        states = TestaVideoModel(config)(torch.zeros(1, num_frames, 3, 32, 32)).last_hidden_state
+        assert count_tokens(config, num_frames) == states.shape[1]
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "missing"])
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "embeddings-0.bin"])
+def test_damaged_files_are_made_anew_from_their_videos(tmp_path, model, processor, folder, gallery, name, harm):
+    kept = Path(shutil.copytree(gallery.folder, tmp_path / "gallery"))
+    content = bytearray((kept / name).read_bytes())
+    content[-5] ^= 64
+    (kept / name).write_bytes(content if harm == "flipped" else content[:50])
+    if harm == "missing":
+        (kept / name).unlink()
+    with Gallery(kept, model, writable=True, damaged=True) as damaged:
+        report = repair_gallery(model, processor, damaged)
+        assert not report.failed and all(name in damage.reason for damage in report.damages)
+        assert report.repaired == sum(len(damage.ids) for damage in report.damages) > 0
+        assert not repair_gallery(model, processor, damaged).damages
+    repaired = Gallery(kept, model)
+    assert repaired.ids == gallery.ids
+    torch.testing.assert_close(repaired.embeddings(), gallery.embeddings())
+    torch.testing.assert_close(repaired.hidden_states(range(5)), gallery.hidden_states(range(5)))
+
+
+def test_a_damaged_video_that_is_gone_is_removed_and_reported(tmp_path, model, processor, folder):
+    videos = Path(shutil.copytree(folder, tmp_path / "videos"))
+    with Gallery(tmp_path / "gallery", model, writable=True) as gallery:
+        index_videos(model, processor, videos, gallery, batch_size=2)
+        ids = gallery.ids
+        for shard in (tmp_path / "gallery").glob("shard-*"):
+            shard.write_bytes(bytes(shard.stat().st_size))
+        for gone in (0, 4):
+            Path(ids[gone]).unlink()
+        report = repair_gallery(model, processor, gallery)
+    assert list(report.failed) == [ids[4], ids[0]] and report.repaired == 3 and len(report.damages) == 3
+    repaired = Gallery(tmp_path / "gallery", model)
+    assert repaired.ids == ids[1:4]
+    repaired.verify()
+
+
+def test_a_search_follows_the_gallery_as_it_changes(tmp_path, model, processor, folder):
+    with Gallery(tmp_path, model, writable=True) as gallery:
+        index_videos(model, processor, find_videos(folder)[:2], gallery)
+        finder = VideoSearch(model, processor, gallery)
+        assert len(finder.search("red")[0]) == 2
+        index_videos(model, processor, folder, gallery)
+        assert len(finder.search("red")[0]) == 5
+        best = finder.search("red", top_k=1)[0][0].id
+        gallery.remove([best])
+        index_videos(model, processor, {"new": torch.zeros(6, 3, 32, 32)}, gallery)
+        assert {result.id for result in finder.search("red")[0]} == set(gallery.ids)
+
+
 # Searching
-
-
-@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 80), st.integers(1, 25), st.integers(0, 999))
-def test_blockwise_search_finds_what_a_full_sort_finds(size, queries, top_k, block_size, seed):
-    generator = torch.Generator().manual_seed(seed)
-    queries, embeddings = torch.randn(queries, 3, generator=generator), torch.randn(size, 3, generator=generator)
-    similarities, rows = search(queries, embeddings, top_k, block_size=block_size)
-    expected = (queries @ embeddings.T).sort(dim=1, descending=True)
-    k = min(top_k, size)
-    assert similarities.shape == rows.shape == (len(queries), k)
-    assert torch.allclose(similarities, expected.values[:, :k], atol=1e-6)
-    assert torch.allclose((queries @ embeddings.T).gather(1, rows), similarities, atol=1e-6)
-    assert all(len(set(row)) == k for row in rows.tolist())
-
-
-def test_faiss_finds_what_torch_finds():
-    queries, embeddings = torch.randn(7, 16), torch.randn(300, 16)
-    similarities, rows = search(queries, embeddings, 20)
-    found = search(queries, embeddings, 20, backend="faiss")
-    assert torch.allclose(found[0], similarities, atol=1e-5)
-    assert found[1].equal(rows)
-
-
-def test_an_unknown_backend_or_count_is_an_error():
-    with pytest.raises(ValueError, match="backend is 'annoy'"):
-        search(torch.ones(1, 2), torch.ones(3, 2), 1, backend="annoy")
-    with pytest.raises(ValueError, match="top_k is 0"):
-        search(torch.ones(1, 2), torch.ones(3, 2), 0)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

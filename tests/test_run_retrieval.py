@@ -171,6 +171,21 @@ def test_a_folder_of_videos_is_indexed_once_and_searched(world, trained):
     assert scores[:3] == sorted(scores[:3], reverse=True) and all(Path(line[2]).is_file() for line in ranked)
 
 
+def test_a_damaged_gallery_is_repaired_on_request(world, trained, tmp_path):
+    command = ("--model_name_or_path", trained[0], "--gallery_dir", tmp_path / "gallery")
+    videos = shutil.copytree(world / "videos", tmp_path / "videos")
+    run(*command, "--index_folder", videos, "--gallery_dtype", "int8", "--per_device_eval_batch_size", 8)
+    shard = tmp_path / "gallery" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"shard-00000.safetensors is missing or cut short: repair .*--repair"):
+        run(*command, "--query", "White")
+    printed = run(*command, "--repair", "--query", "White")
+    assert "1 damaged files found, 8 videos embedded again, 0 could not be read any more" in printed
+    assert "  1. " in printed
+    with pytest.raises(ValueError, match=r"stores torch\.int8: leave it out"):
+        run(*command, "--index_folder", videos, "--gallery_dtype", "bfloat16")
+
+
 def test_a_trained_model_is_evaluated_again_with_cached_frames(world, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     arguments = ("--model_name_or_path", trained[0], "--do_predict", "--test_file", world / "test.jsonl")
@@ -279,6 +294,7 @@ def test_videos_that_cannot_be_decoded_are_counted_in_the_results(world, trained
     [
         ([], "Nothing to do"),
         (["--query", "red"], "gallery_dir is missing"),
+        (["--repair"], "gallery_dir is missing"),
         (["--do_train", "--output_dir", "out"], "train_file is missing"),
         (["--do_train"], "output_dir is missing"),
         (["--index_folder", "{empty}", "--gallery_dir", "{empty}/gallery"], "holds no video"),

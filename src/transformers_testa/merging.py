@@ -40,12 +40,23 @@ def with_merges(
     return twin
 
 
-def count_kept(config: TestaVideoConfig) -> tuple[int, int]:
-    """Return how many frames, and patches of each, are left after the last block (joint attention: 1, and tokens)."""
-    frames, patches = config.num_frames, config.num_patches
+def count_kept(config: TestaVideoConfig, num_frames: int | None = None) -> tuple[int, int]:
+    """Return how many frames, and patches of each, are left after the last block (joint attention: 1, and tokens).
+
+    Args:
+        config: The encoder.
+        num_frames: Frames of the video; `config.num_frames` where None.
+    """
+    frames, patches = config.num_frames if num_frames is None else num_frames, config.num_patches
     if config.attention_type == "joint_space_time":
         frames, patches = 1, frames * patches
     for merged_frames, merged_patches in zip(config.merged_frames, config.merged_patches, strict=True):
         frames -= limit_merges(merged_frames, frames)
         patches -= limit_merges(merged_patches, patches, class_token_ahead=True)
     return frames, patches
+
+
+def count_tokens(config: TestaVideoConfig, num_frames: int | None = None) -> int:
+    """Return how many tokens `last_hidden_state` has, class tokens included. Arguments are those of [`count_kept`]."""
+    frames, patches = count_kept(config, num_frames)
+    return frames * (1 + patches) if config.attention_type == "space_only" else 1 + frames * patches

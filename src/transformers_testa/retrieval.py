@@ -5,6 +5,7 @@ together with the query, and its logit is added to the similarity.
 """
 
 import contextlib
+import shutil
 import tempfile
 import time
 from collections import deque
@@ -16,15 +17,17 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from transformers_testa.gallery import Gallery
+from transformers_testa.gallery import Damage, Gallery, bytes_per_video
+from transformers_testa.merging import count_tokens
 from transformers_testa.metrics import distractor_accuracy, dual_softmax_metrics, retrieval_metrics
+from transformers_testa.search import EmbeddingIndex
 
 
 logger = logging.get_logger(__name__)
@@ -82,10 +85,7 @@ def index_videos(
     Raises:
         ValueError: if a folder holds no videos, or the gallery can't take what the model gives.
     """
-    if isinstance(videos, (str, Path)):
-        videos = find_videos(videos)
-    if not isinstance(videos, Mapping):
-        videos = {str(path): path for path in videos}
+    videos = _by_id(videos)
     waiting = {video_id: video for video_id, video in videos.items() if video_id not in gallery}
     failed, batch = {}, {}
     size_before = len(gallery)
@@ -103,6 +103,134 @@ def index_videos(
         if batch:
             _add_videos(model, gallery, list(batch), _stack(batch))
     return IndexReport(len(gallery) - size_before, len(videos) - len(waiting), failed)
+
+
+def index_videos_together(
+    model: PreTrainedModel,
+    processor: Any,
+    videos: str | Path | Iterable[str | Path] | Mapping[str, Any],
+    folder: str | Path,
+    accelerator: Accelerator,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 8,
+) -> IndexReport:
+    """Add videos to a gallery, split over the processes of a run. Run it again, with as many or others, to resume.
+
+    Each process fills a part of the gallery by itself, so that none waits for another; at last the parts become one.
+
+    Args:
+        model: a `TestaForRetrieval`, the same on all processes.
+        processor: its `TestaProcessor`.
+        videos: as in [`index_videos`].
+        folder: where the gallery is, or is to be.
+        accelerator: of the run.
+        dtype: as in [`Gallery`].
+        batch_size: videos that a process encodes, and writes, at a time.
+
+    Returns:
+        An [`IndexReport`] on all processes' videos, the same everywhere.
+
+    Raises:
+        ValueError: as [`index_videos`] and [`Gallery`].
+        RuntimeError: if another writer has the gallery open.
+    """
+    videos = _by_id(videos)
+    with contextlib.ExitStack() as stack:
+        gallery, plan = None, [None]
+        if accelerator.is_main_process:
+            gallery = stack.enter_context(Gallery(folder, model, writable=True, dtype=dtype))
+            waiting = [video_id for video_id in videos if video_id not in gallery]
+            if waiting:
+                logger.warning(describe_size(model, processor, gallery, len(waiting)))
+            plan = [(waiting, gallery.next_part(), gallery.dtype)]
+        (waiting, first_part, dtype), *_ = broadcast_object_list(plan)
+        own = {
+            video_id: videos[video_id] for video_id in waiting[accelerator.process_index :: accelerator.num_processes]
+        }
+        if accelerator.num_processes == 1:
+            return replace(index_videos(model, processor, own, gallery, batch_size), skipped=len(videos) - len(own))
+        with Gallery(Path(folder, f"part-{first_part + accelerator.process_index}"), model, True, dtype) as part:
+            report = index_videos(model, processor, own, part, batch_size)
+        reports = gather_object([report])  # which also waits for all
+        if gallery is not None:
+            gallery.take_in_parts()
+        accelerator.wait_for_everyone()
+    failed = {video_id: why for report in reports for video_id, why in report.failed.items()}
+    return IndexReport(sum(report.added for report in reports), len(videos) - len(waiting), failed)
+
+
+def describe_size(model: PreTrainedModel, processor: Any, gallery: Gallery, num_videos: int) -> str:
+    """Tell in a sentence what some more videos take on disk, and what is free there."""
+    num_tokens = count_tokens(model.config.video_config, processor.video_processor.num_frames)
+    each = bytes_per_video(
+        num_tokens, model.config.video_config.hidden_size, model.config.projection_dim, gallery.dtype
+    )
+    free = shutil.disk_usage(gallery.folder).free
+    return (
+        f"{num_videos} videos will take {_size(num_videos * each)} in {gallery.folder} ({num_tokens} tokens each, "
+        f"stored in {str(gallery.dtype).removeprefix('torch.')}); {_size(free)} are free."
+    )
+
+
+def _size(num_bytes: int) -> str:
+    unit = min(4, max(0, (len(str(num_bytes)) - 1) // 3))
+    return f"{num_bytes / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What [`repair_gallery`] did: what was damaged, videos embedded anew, and why others failed and were removed."""
+
+    damages: list[Damage]
+    repaired: int
+    failed: dict[str, str]
+
+
+def repair_gallery(
+    model: PreTrainedModel,
+    processor: Any,
+    gallery: Gallery,
+    videos: Mapping[str, Any] | None = None,
+    decode_threads: int = 4,
+) -> RepairReport:
+    """Find the damaged files of a gallery, and make them anew from their videos. What is whole is not touched.
+
+    Args:
+        model: a `TestaForRetrieval`, the one that filled the gallery.
+        processor: its `TestaProcessor`.
+        gallery: open for writing, with `damaged=True` where files are missing or cut short.
+        videos: where the videos are, by id; by default an id is the path.
+        decode_threads: videos decoded at a time.
+
+    Raises:
+        ValueError: if the gallery isn't writable, or a video has another shape than before.
+    """
+    damages, failed, repaired = list(gallery.find_damage()), {}, 0
+    # Repairing one may leave nothing of its shard, so the numbers of earlier ones stay if the last comes first.
+    for damage in reversed(damages):
+        logger.warning(f"{damage.reason}: its {len(damage.ids)} videos are embedded again.")
+        paths = {video_id: video_id if videos is None else videos[video_id] for video_id in damage.ids}
+        batch = {}
+        for video_id, pixels in _decode_ahead(processor, paths, decode_threads, len(paths)):
+            try:
+                batch[video_id] = pixels.result()
+            except ValueError as error:
+                failed[video_id] = str(error)
+                logger.warning(f"{video_id} is removed, as it can't be read any more: {error}")
+        if batch:
+            with inference(model):
+                output = model.get_video_features(pixel_values_videos=_stack(batch).to(model.device))
+            gallery.replace(damage.shard, list(batch), output.pooler_output, output.last_hidden_state)
+        else:
+            gallery.remove(damage.ids)
+        repaired += len(batch)
+    return RepairReport(damages, repaired, failed)
+
+
+def _by_id(videos: str | Path | Iterable[str | Path] | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(videos, (str, Path)):
+        videos = find_videos(videos)
+    return videos if isinstance(videos, Mapping) else {str(path): path for path in videos}
 
 
 def _decode_ahead(
@@ -172,60 +300,6 @@ def _text_batches(
     for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
         length = int(mask.any(dim=0).nonzero().max()) + 1
         yield ids[:, :length].to(device), mask[:, :length].to(device)
-
-
-def search(
-    queries: Tensor, embeddings: Tensor, top_k: int, backend: str = "torch", block_size: int = 16384
-) -> tuple[Tensor, Tensor]:
-    """Exact search by inner product, in blocks: no more than `block_size` embeddings are compared at a time.
-
-    Args:
-        queries: `[Q, E]`.
-        embeddings: `[n, E]`.
-        top_k: how many to find; k is at most n.
-        backend: "torch", or "faiss" (brute force as well; `pip install faiss-cpu`).
-        block_size: embeddings a block.
-
-    Returns:
-        Similarities float32 `[Q, k]`, highest first, and their rows int64 `[Q, k]`.
-
-    Raises:
-        ValueError: if `top_k` is not positive or the backend is unknown.
-        ImportError: if faiss is asked for and not installed.
-    """
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}: a positive number is needed")
-    k = min(top_k, len(embeddings))
-    if backend == "faiss":
-        return _search_faiss(queries, embeddings, k)
-    if backend != "torch":
-        raise ValueError(f"backend is {backend!r}: 'torch' and 'faiss' are known")
-    found = [_search_blocks(block, embeddings, k, block_size) for block in queries.float().split(1024)]
-    similarities, rows = zip(*found, strict=True)
-    return torch.cat(similarities), torch.cat(rows)
-
-
-def _search_blocks(queries: Tensor, embeddings: Tensor, k: int, block_size: int) -> tuple[Tensor, Tensor]:
-    best = queries.new_empty(len(queries), 0)
-    best_rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for start in range(0, len(embeddings), block_size):
-        block = embeddings[start : start + block_size].to(queries)
-        similarities = torch.cat([best, queries @ block.T], dim=1)
-        rows = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
-        best, places = similarities.topk(min(k, similarities.shape[1]), dim=1)
-        best_rows = torch.cat([best_rows, rows], dim=1).gather(1, places)
-    return best, best_rows
-
-
-def _search_faiss(queries: Tensor, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("backend='faiss' needs faiss: pip install faiss-cpu, or leave backend='torch'") from error
-    similarities, rows = faiss.knn(
-        queries.float().cpu().numpy(), embeddings.cpu().numpy(), k, metric=faiss.METRIC_INNER_PRODUCT
-    )
-    return torch.from_numpy(similarities).to(queries.device), torch.from_numpy(rows).to(queries.device)
 
 
 # Videos whose keys and values are in memory at a time have no more tokens than these in all, or are alone: 600 MB in
@@ -400,33 +474,48 @@ class VideoSearch:
         processor: its `TestaProcessor`.
         gallery: the [`Gallery`] that the model filled.
         batch_size: texts read at a time.
+        backend: of [`EmbeddingIndex`].
+
+    Raises:
+        ValueError: if the backend is unknown.
+        ImportError: if faiss is asked for and not installed.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, gallery: Gallery, batch_size: int = 64):
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, gallery: Gallery, batch_size: int = 64, backend: str = "torch"
+    ):
         self.model = model
         self.processor = processor
         self.gallery = gallery
         self.batch_size = batch_size
+        self.backend = backend
+        self._index: EmbeddingIndex | None = None
+        self._indexed_revision = -1
 
-    def search(
-        self, text: str | list[str], top_k: int = 10, rerank_k: int = 128, backend: str = "torch"
-    ) -> list[list[SearchResult]]:
+    @property
+    def index(self) -> EmbeddingIndex:
+        """The index of the gallery as it is now. Raises ValueError where the gallery is empty."""
+        if self._index is None or self._indexed_revision != self.gallery.revision:
+            self._index = EmbeddingIndex(self.gallery.embeddings(), self.backend)
+            self._indexed_revision = self.gallery.revision
+        return self._index
+
+    def search(self, text: str | list[str], top_k: int = 10, rerank_k: int = 128) -> list[list[SearchResult]]:
         """Find the `top_k` videos for each text, best first.
 
         Args:
             text: one or several; what is longer than the model reads is cut off, which a warning tells once.
             top_k: how many to return; at most the gallery's size.
             rerank_k: how many of the most similar videos the matching head reads; 0 ranks by similarity.
-            backend: of [`search`].
 
         Raises:
             ValueError: if a text is empty, the gallery is empty, or `rerank_k` is smaller than `top_k`.
         """
         input_ids, attention_mask = self._tokenize([text] if isinstance(text, str) else text)
-        embeddings = self.gallery.embeddings()
+        index = self.index
         _check_counts(top_k, rerank_k)
         queries = embed_texts(self.model, input_ids, attention_mask, self.batch_size)
-        similarities, rows = search(queries, embeddings, max(top_k, rerank_k), backend)
+        similarities, rows = index.search(queries, max(top_k, rerank_k))
         ranking = Ranking(similarities, rows, similarities)
         if rerank_k:
             texts = torch.arange(len(rows)).repeat_interleave(rows.shape[1])
@@ -446,7 +535,7 @@ class VideoSearch:
         _check_counts(top_k, rerank_k)
         embedding, hidden_states = self._video_features(video)
         text_embeddings = embed_texts(self.model, input_ids, attention_mask, self.batch_size)
-        similarities, rows = search(embedding, text_embeddings, max(top_k, rerank_k))
+        similarities, rows = EmbeddingIndex(text_embeddings).search(embedding, max(top_k, rerank_k))
         ranking = Ranking(similarities, rows, similarities)
         if rerank_k:
             candidates = input_ids[rows[0]], attention_mask[rows[0]]
