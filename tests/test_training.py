@@ -14,7 +14,7 @@ from retrieval_world import tiny_config, tiny_processor, write_stories
 from safetensors.torch import load_file
 from torch import nn
 
-from transformers_testa import TestaForRetrieval
+from transformers_testa import TestaForRetrieval, TestaForVideoQA
 from transformers_testa.arguments import (
     DataArguments,
     ModelArguments,
@@ -34,7 +34,7 @@ from transformers_testa.training import (
     build_model,
     create_accelerator,
     create_objective,
-    create_optimizer,
+    create_optimizers,
     create_scheduler,
     run_identity,
     train,
@@ -159,7 +159,7 @@ def test_a_budget_that_makes_no_sense_is_named(settings, message):
 
 def test_biases_norms_embeddings_and_scalars_are_not_decayed():
     model = TestaForRetrieval(tiny_config())
-    optimizer = create_optimizer(model, TrainingArguments(weight_decay=0.3))
+    (optimizer,) = create_optimizers(model, TrainingArguments(weight_decay=0.3))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
@@ -170,11 +170,28 @@ def test_biases_norms_embeddings_and_scalars_are_not_decayed():
     assert {"temperature", "video_projection.bias"} <= free
 
 
+def test_muon_takes_the_matrices_and_adamw_all_else():
+    model = TestaForVideoQA(tiny_config())
+    muon, adamw = create_optimizers(model, TrainingArguments(weight_decay=0.3, optimizer="muon"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of_muon, of_adamw = (
+        {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
+        for optimizer in (muon, adamw)
+    )
+    assert of_muon | of_adamw == set(names.values()) and not of_muon & of_adamw
+    assert all(model.get_parameter(name).ndim == 2 for name in of_muon)
+    # The decoder's last layer is the word embeddings.
+    assert {name for name in of_adamw if model.get_parameter(name).ndim == 2} == {
+        name for name in of_adamw if "embeddings" in name and model.get_parameter(name).ndim == 2
+    }
+    assert {group["weight_decay"] for group in muon.param_groups} == {0.3}
+
+
 def test_the_rate_warms_up_linearly_and_falls_on_a_cosine():
     args = TrainingArguments(
         learning_rate=5e-6, warmup_start_learning_rate=1e-6, min_learning_rate=5e-7, warmup_steps=5
     )
-    optimizer = create_optimizer(nn.Linear(1, 1), args)
+    (optimizer,) = create_optimizers(nn.Linear(1, 1), args)
     scheduler = create_scheduler(optimizer, args, num_steps=25)
     rates = []
     for _ in range(25):

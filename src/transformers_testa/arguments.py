@@ -201,6 +201,12 @@ class TrainingArguments:
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps that are warm-up."})
     warmup_steps: int | None = field(default=None, metadata={"help": "Steps of warm-up, instead of warmup_ratio."})
     weight_decay: float = field(default=0.05, metadata={"help": "For the weights of linear and convolution layers."})
+    optimizer: Literal["adamw", "muon"] = field(
+        default="adamw",
+        metadata={
+            "help": "adamw; or muon, which learns from fewer steps, for the linear layers and adamw for the rest."
+        },
+    )
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's memory of squared gradients."})
     num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training set."})
     max_train_steps: int | None = field(

@@ -296,6 +296,12 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         # All processes change the queues of MomentumTraining alike.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if args.optimizer != "adamw" and accelerator.distributed_type in sharded:
+        raise ValueError(
+            f"optimizer is {args.optimizer!r}, which needs whole matrices, and Accelerate's configuration shards them "
+            f"({accelerator.distributed_type.value}); use adamw."
+        )
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         for name, value, needed in (
@@ -322,20 +328,33 @@ def whole_model(model: PreTrainedModel) -> PreTrainedModel:
     return whole.eval()
 
 
-def create_optimizer(model: nn.Module, args: TrainingArguments, fused: bool = True) -> torch.optim.AdamW:
-    """Return AdamW that decays the weights of linear and convolution layers, and nothing else."""
+def create_optimizers(model: nn.Module, args: TrainingArguments, fused: bool = True) -> list[torch.optim.Optimizer]:
+    """Return the optimisers that train a model together: AdamW, with `args.optimizer` "muon" after Muon.
+
+    Muon takes the weights of linear layers, but for those that are word embeddings as well, and AdamW the rest. Only
+    the weights of linear and convolution layers decay. Both get the same learning rate: Muon's steps are as large as
+    AdamW's.
+    """
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     decayed = {id(layer.weight) for layer in layers}
-    groups = {True: [], False: []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            groups[id(parameter) in decayed].append(parameter)
-    return torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": args.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
-        lr=args.learning_rate,
-        betas=(0.9, args.adam_beta2),
-        fused=fused,
-    )
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)} - embeddings
+    optimizers = []
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if args.optimizer == "muon":
+        of_muon = [parameter for parameter in trained if id(parameter) in matrices]
+        trained = [parameter for parameter in trained if id(parameter) not in matrices]
+        optimizers.append(
+            torch.optim.Muon(
+                of_muon, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    groups = [
+        {"params": [parameter for parameter in trained if (id(parameter) in decayed) == decays], "weight_decay": decay}
+        for decays, decay in ((True, args.weight_decay), (False, 0.0))
+    ]
+    optimizers.append(torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.adam_beta2), fused=fused))
+    return optimizers
 
 
 def create_scheduler(
@@ -541,10 +560,11 @@ def train(
         1, args.num_train_epochs * sampler.batches_per_epoch // args.gradient_accumulation_steps
     )
     eval_steps, save_steps = args.eval_steps or steps_per_epoch, args.save_steps or steps_per_epoch
-    optimizer = create_optimizer(objective, args, fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"))
-    scheduler = create_scheduler(optimizer, args, num_steps)
+    optimizers = create_optimizers(objective, args, fused=accelerator.device.type in ("cpu", "cuda", "mps", "xpu"))
+    schedulers = [create_scheduler(optimizer, args, num_steps) for optimizer in optimizers]
     loader = create_loader(dataset, collate, args.num_workers, batch_sampler=sampler)
-    prepared, optimizer, scheduler, loader = accelerator.prepare(objective, optimizer, scheduler, loader)
+    prepared, loader, *rest = accelerator.prepare(objective, loader, *optimizers, *schedulers)
+    optimizers, schedulers = rest[: len(optimizers)], rest[len(optimizers) :]
 
     checkpoints = Checkpoints(accelerator, args.output_dir, identity)
     checkpoint = checkpoints.find(args.resume_from_checkpoint, args.overwrite_output_dir)
@@ -574,9 +594,10 @@ def train(
             accelerator.backward(output.loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(prepared.parameters(), args.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
         outputs.append({name: value.detach() for name, value in output.items() if name.startswith("loss")})
         if not accelerator.sync_gradients:
             continue
@@ -589,7 +610,7 @@ def train(
         save = finished or progress.step % save_steps == 0
         if save or progress.step % args.logging_steps == 0:
             losses = progress.losses[str(progress.step)] = _mean_losses(accelerator, outputs, progress.step)
-            accelerator.log({**losses, "learning_rate": scheduler.get_last_lr()[0]}, step=progress.step)
+            accelerator.log({**losses, "learning_rate": schedulers[0].get_last_lr()[0]}, step=progress.step)
             status["loss"], outputs = f"{losses['loss']:.3f}", []
         if evaluate and args.do_eval and (finished or progress.step % eval_steps == 0):
             metrics = evaluate(progress, f"step {progress.step}")
