@@ -3,6 +3,7 @@ import torch
 from original import OriginalCase, case_names
 from test_modeling_common import tiny_config, tiny_text_config, tiny_video_config
 from transformers import AutoModel
+from transformers.utils import is_flash_attn_2_available, logging
 
 from transformers_testa import (
     TestaConfig,
@@ -219,6 +220,24 @@ def test_the_encoder_compiles_without_a_graph_break(fields):
     videos = example_videos()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(videos).last_hidden_state, model(videos).last_hidden_state)
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="There is flash attention 2.")
+def test_flash_attention_2_becomes_sdpa_with_one_warning_where_there_is_none(tmp_path, caplog):
+    logging.enable_propagation()
+    expected = TestaForRetrieval(tiny_config()).eval()
+    expected.save_pretrained(tmp_path)
+    model = TestaForRetrieval.from_pretrained(tmp_path, attn_implementation="flash_attention_2").eval()
+    again = TestaForRetrieval.from_pretrained(tmp_path).eval()
+    again.set_attn_implementation("flash_attention_2")
+    logging.disable_propagation()
+    assert [record.message.count("'sdpa' instead") for record in caplog.records] == [1]
+    videos = example_videos()
+    for one in (model, again):
+        assert one.testa.video_model.config._attn_implementation == "sdpa"
+        assert torch.equal(
+            one.get_video_features(videos).pooler_output, expected.get_video_features(videos).pooler_output
+        )
 
 
 def test_all_weights_of_the_encoder_learn_with_gradient_checkpointing():

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -45,6 +45,9 @@ from .objectives import (
     same_pair_targets,
     text_log_likelihoods,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 # --- Outputs ---------------------------------------------------------------------------------------------------------
@@ -500,6 +503,15 @@ class TestaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        try:
+            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        except ImportError as error:
+            if attn_implementation != "flash_attention_2":
+                raise
+            logger.warning_once(f"{error} Using attn_implementation='sdpa' instead.")
+            return "sdpa"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
