@@ -4,6 +4,7 @@ import bisect
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -162,14 +163,16 @@ class Gallery:
 
     def _read(self, rows: Iterable[int]) -> dict[str, Tensor]:
         read: dict[str, list[Tensor]] = {}
-        for row in map(int, rows):
-            number = bisect.bisect_right(self._starts, row) - 1
+        for number, of_shard in itertools.groupby(
+            map(int, rows), lambda row: bisect.bisect_right(self._starts, row) - 1
+        ):
             path = self.folder / self._shards[number]["file"]
-            place = slice(row - self._starts[number], row - self._starts[number] + 1)
+            places = [row - self._starts[number] for row in of_shard]
             try:
                 with safe_open(path, framework="pt") as shard:
                     for name in shard.keys():  # noqa: SIM118
-                        read.setdefault(name, []).append(shard.get_slice(name)[place])
+                        stored = shard.get_slice(name)
+                        read.setdefault(name, []).extend(stored[place : place + 1] for place in places)
             except (SafetensorError, OSError) as error:
                 ids = self._shards[number]["ids"]
                 raise ValueError(
@@ -314,14 +317,15 @@ class Gallery:
         lines = self._index_path.read_bytes().split(b"\n")[:-1]
         self._index_bytes = sum(len(line) + 1 for line in lines)
         try:
-            found = json.loads(lines[0]).get("format") if lines else None
-            if found == 1:
+            if not lines:
+                raise _DamagedLineError("no line is whole")
+            if json.loads(lines[0]).get("format") == 1:
                 raise ValueError(
                     f"{self.folder} has format 1, which an earlier version wrote, and this one reads {self.FORMAT}: index "
                     "the videos again, into a new folder"
                 )
             header, *entries = map(_read_line, lines)
-        except (json.JSONDecodeError, AttributeError, _ChecksumError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, _DamagedLineError) as error:
             raise ValueError(
                 f"{self._index_path} is damaged ({error}): restore it from a copy, or index the videos again, into a "
                 "new folder"
@@ -560,7 +564,7 @@ def _number(path: Path) -> int:
     return int(re.search(r"-(\d+)", name)[1])
 
 
-class _ChecksumError(Exception):
+class _DamagedLineError(Exception):
     pass
 
 
@@ -573,7 +577,7 @@ def _read_line(line: bytes) -> dict:
     entry = json.loads(line)
     checksum = entry.pop("crc32", None)
     if checksum != zlib.crc32(json.dumps(entry).encode()):
-        raise _ChecksumError("the checksum of a line has changed")
+        raise _DamagedLineError("the checksum of a line has changed")
     return entry
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 FEW_QUERIES = 4
 
 QUERIES_AT_ONCE = 1024
+ROWS_ENCODED_AT_ONCE = 2048
 
 
 class EmbeddingIndex:
@@ -88,7 +89,7 @@ class EmbeddingIndex:
 
     def _search_codes(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if self._codes is None:
-            self._codes = _Codes(self.embeddings, self.block_size)
+            self._codes = _Codes(self.embeddings)
         lower, upper = self._codes.bounds(queries)
         needed = lower.topk(k, dim=1).values[:, -1:]
         found = []
@@ -128,8 +129,9 @@ class EmbeddingIndex:
 class _Codes:
     """Rows `[n, E]` in int8, and how far they can be from what they stand for."""
 
-    def __init__(self, embeddings: Tensor, block_size: int):
-        parts = zip(*(self._encode(block.float()) for block in embeddings.split(block_size)), strict=True)
+    def __init__(self, embeddings: Tensor):
+        blocks = embeddings.split(ROWS_ENCODED_AT_ONCE)
+        parts = zip(*(self._encode(block.float()) for block in blocks), strict=True)
         self.codes, self.scales, self.lengths, self.distances = (torch.cat(part) for part in parts)
 
     def _encode(self, rows: Tensor) -> tuple[Tensor, ...]:
