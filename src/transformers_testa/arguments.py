@@ -306,7 +306,8 @@ def _recipe_as_arguments(file: Path, argument_classes: tuple[type, ...]) -> list
         raise ValueError(f"The recipe {file} doesn't exist.")
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    # PyYAML gives no list of what it raises: a date that is none is a ValueError, lists that never end a RecursionError.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"The recipe {file} can't be read: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {file} must be a mapping of argument names to values.")

@@ -18,8 +18,11 @@ from transformers.utils import logging
 from .configuration_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
 from .conversion_original import projection_size, rename_all, split_dropped, text_sizes, video_sizes
 from .conversion_weights import (
+    check_weights,
     choose_architecture,
     load_weights,
+    model_outline,
+    naming,
     own_names,
     read_checkpoint,
     read_transformers_model,
@@ -104,18 +107,24 @@ def convert_blip(
     model_class = choose_architecture(architecture, _ARCHITECTURES)
     tensors, source, blip_config = _read_blip(path_or_model)
     tensors, dropped = split_dropped(tensors)
-    model = model_class(config if config is not None else _infer_config(tensors, source, blip_config))
+    if config is None:
+        with naming(source):
+            config = _infer_config(tensors, source, blip_config)
+    # Weights are compared with it before the model takes memory: a few bytes can name sizes that no machine has.
+    outline = model_outline(model_class, config)
 
     blip_names = {rename_all(name): name for name in tensors}
     weights = {rename_all(name): tensor for name, tensor in tensors.items()}
     lacking = tuple(part for part in _PARTS if not any(name.startswith(part) for name in weights))
-    expected = model.state_dict()
+    expected = outline.state_dict()
     copied = _copy_text_model(weights, expected)
     _add_time(weights, expected)
     if _POSITIONS in weights:
-        weights[_POSITIONS] = resize_positions(weights[_POSITIONS], model.config.video_config.num_patches)
-    for name, reason in _drop_unused(weights, model).items():
+        weights[_POSITIONS] = resize_positions(weights[_POSITIONS], config.video_config.num_patches)
+    for name, reason in _drop_unused(weights, outline).items():
         dropped.setdefault(reason, []).append(blip_names[name])
+    check_weights(outline, weights, source, may_miss=lacking)
+    model = model_class(config)
     load_weights(model, weights, source, may_miss=lacking)
 
     shared = own_names(model)
@@ -154,7 +163,7 @@ def _infer_config(tensors: Mapping[str, Tensor], source: str, blip_config: BlipC
     return TestaConfig(
         video_config=TestaVideoConfig(**video_fields),
         text_config=TestaTextConfig(**text_fields),
-        **projection_size(tensors),
+        **projection_size(tensors, source),
     )
 
 
@@ -180,7 +189,7 @@ def _add_time(weights: dict[str, Tensor], expected: Mapping[str, Tensor]):
     for name, tensor in expected.items():
         spatial_name = name.replace(".temporal.", ".spatial.")
         if name.endswith(".time_embeddings") or ".temporal.temporal_" in name:
-            weights[name] = torch.zeros_like(tensor)
+            weights[name] = torch.zeros(()).expand(tensor.shape)
         elif ".temporal." in name and spatial_name in weights:
             weights[name] = weights[spatial_name]
 

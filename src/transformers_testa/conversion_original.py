@@ -11,7 +11,15 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .configuration_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
-from .conversion_weights import choose_architecture, load_weights, read_checkpoint, rename
+from .conversion_weights import (
+    check_weights,
+    choose_architecture,
+    load_weights,
+    model_outline,
+    naming,
+    read_checkpoint,
+    rename,
+)
 from .modeling_testa import TestaForPreTraining, TestaForRetrieval, TestaForVideoQA, TestaVideoModel
 
 
@@ -97,10 +105,16 @@ def convert_original(
     model_class, new_name, infer_config = choose_architecture(architecture, _ARCHITECTURES)
     tensors, source = read_checkpoint(path_or_state_dict)
     kept, dropped = split_dropped(tensors)
-    with no_init_weights():  # every weight is in the file, or it is an error
-        model = model_class(config if config is not None else infer_config(kept, source))
+    if config is None:
+        with naming(source):
+            config = infer_config(kept, source)
+    weights = {new_name(name): tensor for name, tensor in kept.items()}
+    # Before it takes memory: a few bytes can name sizes that no machine has.
+    check_weights(model_outline(model_class, config), weights, source)
+    with no_init_weights():  # every weight is in the file
+        model = model_class(config)
     model.tie_weights()
-    load_weights(model, {new_name(name): tensor for name, tensor in kept.items()}, source)
+    load_weights(model, weights, source)
     return model.eval(), dropped
 
 
@@ -140,9 +154,8 @@ def rename_all(name: str) -> str:
 
 def video_sizes(tensors: Mapping[str, Tensor], source: str, prefix: str = "") -> dict[str, Any]:
     """Return those fields of [`TestaVideoConfig`] that the tensors of an encoder tell, of images or videos."""
-    patch = _find(tensors, f"{prefix}patch_embed.proj.weight", source)
-    hidden_size, num_channels, patch_size = patch.shape[:3]
-    grid = math.isqrt(_find(tensors, f"{prefix}pos_embed", source).shape[1] - 1)
+    hidden_size, num_channels, patch_size, _ = _find(tensors, f"{prefix}patch_embed.proj.weight", source, ndim=4)
+    grid = math.isqrt(max(0, _find(tensors, f"{prefix}pos_embed", source, ndim=3)[1] - 1))
     return {
         "image_size": grid * patch_size,
         "patch_size": patch_size,
@@ -150,42 +163,44 @@ def video_sizes(tensors: Mapping[str, Tensor], source: str, prefix: str = "") ->
         "hidden_size": hidden_size,
         "num_hidden_layers": _count_layers(tensors, rf"^{prefix}blocks\.(\d+)\."),
         "num_attention_heads": max(hidden_size // 64, 1),
-        "intermediate_size": _find(tensors, f"{prefix}blocks.0.mlp.fc1.weight", source).shape[0],
+        "intermediate_size": _find(tensors, f"{prefix}blocks.0.mlp.fc1.weight", source, ndim=2)[0],
         "qkv_bias": f"{prefix}blocks.0.attn.qkv.bias" in tensors,
     }
 
 
 def text_sizes(tensors: Mapping[str, Tensor], source: str, prefix: str) -> dict[str, Any]:
     """Return those fields of [`TestaTextConfig`] that the tensors of a text encoder or decoder tell."""
-    vocab_size, hidden_size = _find(tensors, f"{prefix}embeddings.word_embeddings.weight", source).shape
+    vocab_size, hidden_size = _find(tensors, f"{prefix}embeddings.word_embeddings.weight", source, ndim=2)
     layer = f"{prefix}encoder.layer.0"
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "encoder_hidden_size": _find(tensors, f"{layer}.crossattention.self.key.weight", source).shape[1],
+        "encoder_hidden_size": _find(tensors, f"{layer}.crossattention.self.key.weight", source, ndim=2)[1],
         "num_hidden_layers": _count_layers(tensors, rf"^{prefix}encoder\.layer\.(\d+)\."),
         "num_attention_heads": max(hidden_size // 64, 1),
-        "intermediate_size": _find(tensors, f"{layer}.intermediate.dense.weight", source).shape[0],
-        "max_position_embeddings": _find(tensors, f"{prefix}embeddings.position_embeddings.weight", source).shape[0],
+        "intermediate_size": _find(tensors, f"{layer}.intermediate.dense.weight", source, ndim=2)[0],
+        "max_position_embeddings": _find(tensors, f"{prefix}embeddings.position_embeddings.weight", source, ndim=2)[0],
         # The original appends its two tokens to the vocabulary in this order.
         "bos_token_id": vocab_size - 2,
         "enc_token_id": vocab_size - 1,
     }
 
 
-def projection_size(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def projection_size(tensors: Mapping[str, Tensor], source: str) -> dict[str, int]:
     """Return the field `projection_dim` of [`TestaConfig`], or nothing where a model has no projections."""
-    return {"projection_dim": tensors["text_proj.weight"].shape[0]} if "text_proj.weight" in tensors else {}
+    if "text_proj.weight" not in tensors:
+        return {}
+    return {"projection_dim": _find(tensors, "text_proj.weight", source, ndim=2)[0]}
 
 
 def _infer_video_config(tensors: Mapping[str, Tensor], source: str, prefix: str = "") -> TestaVideoConfig:
-    time = tensors.get(f"{prefix}time_embed")
-    attention_type = "space_only" if time is None else "joint_space_time"
+    has_time = f"{prefix}time_embed" in tensors
+    attention_type = "joint_space_time" if has_time else "space_only"
     if f"{prefix}blocks.0.temporal_fc.weight" in tensors:
         attention_type = "divided_space_time"
     return TestaVideoConfig(
         **video_sizes(tensors, source, prefix),
-        num_frames=32 if time is None else time.shape[1],
+        num_frames=_find(tensors, f"{prefix}time_embed", source, ndim=3)[1] if has_time else 32,
         attention_type=attention_type,
         frame_matching="vote",
         use_temporal_scaling=f"{prefix}blocks.0.temporal_scaling" in tensors,
@@ -196,18 +211,23 @@ def _infer_config(tensors: Mapping[str, Tensor], source: str) -> TestaConfig:
     return TestaConfig(
         text_config=TestaTextConfig(**text_sizes(tensors, source, "text_encoder.")),
         video_config=_infer_video_config(tensors, source, "visual_encoder."),
-        **projection_size(tensors),
+        **projection_size(tensors, source),
     )
 
 
-def _find(tensors: Mapping[str, Tensor], name: str, source: str) -> Tensor:
+def _find(tensors: Mapping[str, Tensor], name: str, source: str, ndim: int) -> tuple[int, ...]:
+    """Return the shape of a tensor, or raise ValueError where it is missing or has another number of dimensions."""
     if name not in tensors:
         raise ValueError(f"{source} has no tensor {name!r}: it is no checkpoint of this kind.")
-    return tensors[name]
+    shape = tuple(tensors[name].shape)
+    if len(shape) != ndim or 0 in shape:
+        raise ValueError(f"{source} has a tensor {name!r} of shape {shape}; {ndim} sizes are needed, none of them 0.")
+    return shape
 
 
 def _count_layers(names: Mapping[str, Tensor], pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in names if (match := re.search(pattern, name))), default=-1)
+    # Not the highest number, which a name can make any: a gap shows when the names are compared.
+    return len({match[1] for name in names if (match := re.search(pattern, name))})
 
 
 _ARCHITECTURES = {

@@ -4,14 +4,16 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 
 def choose_architecture(architecture: str, known: Mapping[str, Any]) -> Any:
@@ -41,19 +43,31 @@ def read_checkpoint(path_or_state_dict: str | Path | Mapping[str, Any]) -> tuple
                 f"{source} is no plain file of tensors: it is damaged, or it holds code, which is never executed. "
                 f"A file that holds the state dict alone can be read. ({error})"
             ) from error
-        except (EOFError, RuntimeError) as error:
+        except Exception as error:  # torch gives no list of what it raises for a malformed file
             raise ValueError(f"{source} is damaged, or no file of torch.save. ({error})") from error
     if isinstance(state_dict, Mapping):
         state_dict = state_dict.get("model", state_dict)
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"{source} holds a {type(state_dict).__name__}; a dict of tensors by name is needed.")
     for name, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(
                 f"{source} holds a {type(tensor).__name__} under {name!r}; a tensor is needed, or all tensors by name "
                 "in a dict under 'model'."
             )
+        if not _is_whole(tensor):
+            raise ValueError(
+                f"{source} holds under {name!r} a tensor that isn't dense, or not with all of its numbers; save "
+                "`tensor.to_dense().clone()` of it."
+            )
     return dict(state_dict), source
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Return whether all numbers of a tensor are there: a single one can pretend to be a tensor of any size."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def read_transformers_model(
@@ -90,11 +104,30 @@ def own_names(model: PreTrainedModel) -> dict[str, str]:
     return {name: first_names[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
-def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], source: str, may_miss: tuple[str, ...] = ()):
-    """Load weights under the model's names.
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Let an error about a configuration that follows from a file's shapes name the file."""
+    try:
+        yield
+    except ValueError as error:
+        if source in str(error):
+            raise
+        raise ValueError(f"{source} has tensors of which no model can be made: {error}") from error
+
+
+def model_outline(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model on the meta device, which takes no memory: names and shapes of its weights, whatever they are."""
+    with torch.device("meta"), no_init_weights():
+        outline = model_class(config)
+    outline.tie_weights()
+    return outline
+
+
+def check_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], source: str, may_miss: tuple[str, ...] = ()):
+    """Check that weights under the model's names fit it.
 
     Args:
-        model: Gets the weights.
+        model: The model, or its outline.
         weights: Tensors by name. One name of a weight that modules share is enough.
         source: What to call their origin in an error.
         may_miss: Beginnings of names that stay as they are where there is no tensor for them.
@@ -103,7 +136,7 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], source: 
         ValueError: Where tensors are missing, left over, of another shape, or differ though the model shares them.
     """
     expected, shared = model.state_dict(), own_names(model)
-    weights = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in weights.items()}
+    weights = _at_least_vectors(weights)
     given = {shared[name] for name in weights.keys() & shared.keys()}
     fitting = [name for name in weights if name in expected and weights[name].shape == expected[name].shape]
     problems = {
@@ -116,14 +149,25 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], source: 
         "different though the model shares them": [
             f"{name} and {shared[name]}"
             for name in fitting
-            if shared[name] in fitting and not torch.equal(weights[name], weights[shared[name]])
+            if shared[name] != name
+            and shared[name] in fitting
+            and not torch.equal(weights[name], weights[shared[name]])
         ],
     }
     problems = {kind: sorted(set(names)) for kind, names in problems.items()}
     found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names)
     if found:
         raise ValueError(f"{source} doesn't fit {type(model).__name__} and its configuration ({found}).")
-    model.load_state_dict(weights, strict=False)
+
+
+def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], source: str, may_miss: tuple[str, ...] = ()):
+    """Check weights as [`check_weights`] does, with its arguments and errors, and load them."""
+    check_weights(model, weights, source, may_miss)
+    model.load_state_dict(_at_least_vectors(weights), strict=False)
+
+
+def _at_least_vectors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in weights.items()}
 
 
 def resize_positions(positions: Tensor, num_patches: int) -> Tensor:

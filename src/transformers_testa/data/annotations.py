@@ -4,12 +4,15 @@ import csv
 import json
 import logging
 import math
+import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from datasets import Dataset
 
@@ -96,13 +99,13 @@ def existing_file(file: str | Path) -> Path:
 def read_jsonl(file: Path) -> Rows:
     """Return the objects of a JSONL file and their lines; a line that is no object is a ValueError."""
     rows = []
-    with file.open(encoding="utf-8") as lines:
+    with _open_text(file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise ValueError(f"{file}, line {number}: not a JSON object ({error}).") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{file}, line {number}: a JSON object is needed, this is {type(row).__name__}.")
@@ -110,10 +113,36 @@ def read_jsonl(file: Path) -> Rows:
     return rows
 
 
+@contextmanager
+def _open_text(file: Path, encoding: str = "utf-8", newline: str | None = None) -> Iterator[TextIO]:
+    """Open a file whose lines may turn out to be no text, or no CSV: that is a ValueError then."""
+    try:
+        with file.open(encoding=encoding, newline=newline) as lines:
+            yield lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not encoded as UTF-8 ({error}).") from error
+    except csv.Error as error:
+        raise ValueError(f"{file} can't be read as CSV ({error}).") from error
+
+
+def read_text(file: str | Path) -> str:
+    """Return what an annotation file holds, or raise ValueError where it doesn't exist or is no UTF-8."""
+    with _open_text(existing_file(file)) as lines:
+        return lines.read()
+
+
+def parse_json(text: str) -> Any:
+    """Return what a JSON text says, or raise ValueError, also for what is nested too deep or a number too long."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def read_csv(file: Path) -> Rows:
     """Return the rows of a CSV file, without their empty fields, and their lines."""
     rows = []
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+    with _open_text(file, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
         for row in reader:
             if None in row:
@@ -158,7 +187,8 @@ def build_table(
     if task != "text":
         _check_questions(checked, places)
     local_videos = {row["video"] for row in checked if "://" not in row["video"]}
-    missing = {video for video in local_videos if not Path(video).is_file()}
+    # Not Path.is_file, which fails for a name that is too long.
+    missing = {video for video in local_videos if not os.path.isfile(video)}
     kept = [row for row in checked if row["video"] not in missing]
     if not kept:
         raise ValueError(
@@ -190,7 +220,7 @@ def _check_row(row: dict, number: int, place: str, columns: dict[str, "Column"])
         value = row.get(name)
         if value is not None:
             try:
-                checked[name] = column.read(value, checked)
+                checked[name] = _storable(column.read(value, checked))
             except ValueError as error:
                 raise ValueError(f"{place}: `{name}` is {value!r}; {error}.") from error
         elif column.default is not None:
@@ -198,6 +228,15 @@ def _check_row(row: dict, number: int, place: str, columns: dict[str, "Column"])
         else:
             raise missing_field(name, row, place, column.note)
     return checked
+
+
+def _storable(value: Any) -> Any:
+    """Return a value; JSON can spell halves of characters, which no table can hold: these are a ValueError."""
+    try:
+        "".join(map(str, value if isinstance(value, list) else [value])).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"that is no text ({error.reason})") from error
+    return value
 
 
 def _check_video_ids(rows: list[dict], places: list[str]):
@@ -296,7 +335,7 @@ def _read_words(clean: Callable[[str], str], value: Any, row: dict) -> str:
 def _read_seconds(value: Any, row: dict) -> float:
     try:
         seconds = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError("a number of seconds is needed") from error
     if not 0 <= seconds < math.inf:
         raise ValueError("a number of seconds is needed, at least 0")
@@ -313,8 +352,8 @@ def _read_end(value: Any, row: dict) -> float:
 def _read_list(value: Any) -> list:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise ValueError(f"a JSON list is needed ({error})") from error
     if not isinstance(value, list):
         raise ValueError("a list is needed")
@@ -339,7 +378,7 @@ def _read_answers(value: Any, row: dict) -> list[str]:
 
 def _read_weights(value: Any, row: dict) -> list[float]:
     weights = _read_list(value)
-    if not all(isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights):
+    if not all(isinstance(weight, int | float) and 0 < weight <= sys.float_info.max for weight in weights):
         raise ValueError("positive numbers are needed")
     if len(weights) != len(row["answers"]):
         raise ValueError(f"one weight for each of the {len(row['answers'])} answers is needed")

@@ -1,7 +1,7 @@
 """Public benchmarks in the files their authors give, and datasets of the Hub, as the table of `annotations`."""
 
 import io
-import json
+import os
 import pickle
 import zipfile
 from collections import Counter
@@ -21,8 +21,10 @@ from transformers_testa.data.annotations import (
     clean_answer,
     existing_file,
     missing_field,
+    parse_json,
     read_csv,
     read_jsonl,
+    read_text,
     task_columns,
 )
 
@@ -77,7 +79,8 @@ def load_benchmark(
     video_root = Path(video_root or folder)
     for _, row in rows:
         *names, last = [f"{row['video']}{suffix}" for suffix in benchmark.suffixes]
-        row["video"] = next((name for name in names if (video_root / name).is_file()), last)
+        # Not Path.is_file, which fails for a name that is too long.
+        row["video"] = next((name for name in names if os.path.isfile(video_root / name)), last)
     return build_table(rows, file, video_root, max_words or benchmark.max_words, benchmark.task, _unit(file))
 
 
@@ -146,9 +149,10 @@ def _read_json_list(file: Path) -> Rows:
 
 
 def _read_json(file: Path, *kinds: type) -> Any:
+    text = read_text(file)
     try:
-        content = json.loads(existing_file(file).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error}).") from error
     if not isinstance(content, kinds):
         needed = " or ".join(kind.__name__ for kind in kinds)
@@ -198,9 +202,9 @@ def _read_queryd(folder: Path, split: str) -> tuple[Path, Rows]:
     captions = read_plain_pickle(captions_file)
     if not isinstance(captions, dict):
         raise ValueError(f"{captions_file}: a dict of captions is needed, this is {type(captions).__name__}.")
-    file = existing_file(folder / f"exists_{split}_list.txt")
+    file = folder / f"exists_{split}_list.txt"
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         path = line.strip()
         if not path:
             continue
