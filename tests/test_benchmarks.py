@@ -1,4 +1,4 @@
-"""The benchmarks that measure encoders and training run from end to end, on models of two narrow blocks."""
+"""The benchmarks run from end to end, small, and save what they print."""
 
 import importlib
 import json
@@ -21,3 +21,31 @@ def test_a_benchmark_prints_and_saves_what_it_measured(name, ratio, tmp_path, ca
     printed = capsys.readouterr().out
     assert saved["machine"] in printed and f"| {ratio} |" in printed
     assert saved["results"]["ratios"][ratio] > 0
+
+
+def run_small(name, tmp_path, *options):
+    benchmark = importlib.import_module(name)
+    benchmark.main([*map(str, options), "--repeats", "2", "--output", str(tmp_path / "figures.json")])
+    return json.loads((tmp_path / "figures.json").read_text())["results"]
+
+
+def test_re_ranking_is_measured_against_one_by_one(tmp_path, capsys):
+    sizes = ("--layers", 2, "--video_tokens", 12, 20, "--text_tokens", 6, "--texts_per_video", 3)
+    rows = run_small("reranking", tmp_path, *sizes)
+    assert [(row["video tokens"], row["texts a video"]) for row in rows] == [(12, 3), (20, 3)]
+    for row in rows:
+        ratio = row["pairs/s ours"] / row["pairs/s one by one"]
+        assert row["ours is faster by"] == pytest.approx(ratio) and row["by processor time"] > 0
+        assert row["measured"] == "8/8192 6/8192"
+    assert "| 20 | 3 |" in capsys.readouterr().out
+
+
+def test_searches_of_a_gallery_are_measured_with_what_they_find_and_storage_with_what_it_loses(tmp_path):
+    sizes = ("--videos", 20_000, "--dim", 16, "--top_k", 5, "--queries", 1, "--tokens", 20, "--batch_size", 2)
+    results = run_small("gallery", tmp_path, *sizes)
+    found = {row["search"]: row["found of the best"] for row in results["search"]}
+    for name in ("numpy, full argsort", "EmbeddingIndex, float32", "EmbeddingIndex, faiss"):
+        assert found[name] == "100.0%"
+    sizes = {row["stored in"]: row["MB a video"] for row in results["storage"]}
+    assert sizes["float32"] > 1.9 * sizes["bfloat16"] > 3.5 * sizes["int8"]
+    assert [row["relative error"] for row in results["storage"]] == ["0", "2^-9.2", "2^-7.0"]

@@ -13,6 +13,9 @@ FEW_QUERIES = 4
 QUERIES_AT_ONCE = 1024
 ROWS_ENCODED_AT_ONCE = 2048
 
+# Rounding to bfloat16 changes a number by up to 2^-8 of it; two roundings, and some for sums in float32.
+BFLOAT16_ERRORS = 1.02 * 2**-7
+
 
 class EmbeddingIndex:
     """Search by inner product among embeddings, which may be mapped from disk.
@@ -127,30 +130,28 @@ class EmbeddingIndex:
 
 
 class _Codes:
-    """Rows `[n, E]` in int8, and how far they can be from what they stand for."""
+    """Rows `[n, E]` in int8, and how far from the truth the inner product of a row and a query of length 1 can be."""
 
     def __init__(self, embeddings: Tensor):
         blocks = embeddings.split(ROWS_ENCODED_AT_ONCE)
         parts = zip(*(self._encode(block.float()) for block in blocks), strict=True)
-        self.codes, self.scales, self.lengths, self.distances = (torch.cat(part) for part in parts)
+        self.codes, self.scales, self.slack = (torch.cat(part) for part in parts)
 
-    def _encode(self, rows: Tensor) -> tuple[Tensor, ...]:
+    def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         largest = rows.abs().amax(dim=1, keepdim=True)
         # A scale that bfloat16 holds exactly, as that is how it is multiplied.
         scales = (largest / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
         codes = (rows / scales.float()).round().clamp(-127, 127).to(torch.int8)
         decoded = codes * scales.float()
-        return codes, scales[:, 0], decoded.norm(dim=1), (rows - decoded).norm(dim=1)
+        # By Cauchy and Schwarz: of the row's rounding, and of the query's and the product's to bfloat16.
+        slack = (rows - decoded).norm(dim=1) + BFLOAT16_ERRORS * decoded.norm(dim=1)
+        return codes, scales[:, 0], slack
 
     def bounds(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """What the inner products with queries `[Q, E]` can be at least and at most, `[Q, n]` each."""
-        rounded = queries.to(torch.bfloat16)
         # Of PyTorch's products with int8 this one reads the codes only once and works row by row (weight-only int8).
-        products = torch._weight_int8pack_mm(rounded, self.codes, self.scales).float()
-        # By Cauchy and Schwarz, for what rounding the row and the query changed, and the rounding of the product.
-        slack = queries.norm(dim=1, keepdim=True) * self.distances
-        slack += (queries - rounded.float()).norm(dim=1, keepdim=True) * self.lengths
-        slack += products.abs() * 2**-7
+        products = torch._weight_int8pack_mm(queries.to(torch.bfloat16), self.codes, self.scales).float()
+        slack = queries.norm(dim=1, keepdim=True) * self.slack
         return products - slack, products + slack
 
 
