@@ -9,7 +9,14 @@ from PIL import Image, ImageDraw
 
 from transformers_testa.data import sprites
 from transformers_testa.data.annotations import load_annotations
-from transformers_testa.data.demo import SCENES_PER_CLIP, DemoArguments, main, make_demo, plan_demo
+from transformers_testa.data.demo import (
+    SCENES_PER_CLIP,
+    SCENES_PER_QUESTIONED_CLIP,
+    DemoArguments,
+    main,
+    make_demo,
+    plan_demo,
+)
 from transformers_testa.data.rendering import count_frames
 from transformers_testa.data.sprites import cutout_kinds, digit_kinds
 
@@ -79,15 +86,26 @@ def test_clips_are_whole_scenes_with_their_own_sentences(demo):
             assert row["end"] <= video.streams.video[0].frames / SMALL["fps"]
 
 
-def test_clips_have_questions_of_their_own(demo):
-    clips = {row["video_id"]: row for row in load_annotations(demo / "train_clips.jsonl")}
-    questions = load_annotations(demo / "train_clips_qa.jsonl", task="question")
-    assert set(questions["video_id"]) <= clips.keys() and len(questions) > len(clips)
-    for row in questions:
-        clip = clips[row["video_id"]]
-        assert (row["video"], row["start"], row["end"]) == (clip["video"], clip["start"], clip["end"])
-        if row["question"].startswith("what color is the "):
-            assert row["answers"][0] in clip["text"]
+@pytest.mark.parametrize("name", SCENES_PER_QUESTIONED_CLIP)
+def test_clips_have_questions_of_their_own(demo, name):
+    lengths = SCENES_PER_QUESTIONED_CLIP[name]
+    told = {row["video"]: row["text"] for row in load_annotations(demo / "train.jsonl")}
+    questions = load_annotations(demo / f"{name}.jsonl", task="question")
+    clips = {row["video_id"]: row for row in questions}
+    assert len(clips) > 0.8 * 6 * len(lengths) and len(questions) > len(clips)
+    shortest, longest = SMALL["seconds_per_scene"]
+    for row in clips.values():
+        num_scenes = min(lengths[int(row["video_id"].rpartition("-")[2])], SMALL["max_scenes"])
+        assert min(num_scenes, SMALL["min_scenes"]) * shortest <= row["end"] - row["start"] <= num_scenes * longest
+    about_color = [row for row in questions if row["question"].lower().startswith("what color is the ")]
+    assert about_color and all(row["answers"][0] in told[row["video"]] for row in about_color)
+
+
+def test_training_videos_have_many_questions_and_none_twice(demo):
+    rows = read_lines(demo / "train_qa.jsonl")
+    asked = {(row["video_id"], row["question"]) for row in rows}
+    assert len(asked) == len(rows) == len({row["question_id"] for row in rows})
+    assert len(rows) / 6 > 1.5 * len(read_lines(demo / "test_qa.jsonl")) / SMALL["num_test"]
 
 
 def test_twins_stand_side_by_side_and_last_as_long(demo):

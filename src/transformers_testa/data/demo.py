@@ -26,8 +26,11 @@ from .stories import ObjectKind, Story, World, plan_story, twin_of
 from .storytelling import ask, tell
 
 
-# Each training video gives one clip of so many scenes in a row.
+# Each training video gives one clip of so many scenes in a row: with paragraphs, and for the two first lessons in questions.
 SCENES_PER_CLIP = (1, 1, 2, 3)
+SCENES_PER_QUESTIONED_CLIP = {"train_scenes_qa": (1, 1, 1, 1), "train_clips_qa": (2, 3, 4, 5)}
+# How often a training video, or a clip of it, is asked one question of each form.
+ROUNDS_OF_QUESTIONS = {"train": 4, "train_scenes_qa": 1, "train_clips_qa": 2}
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -81,8 +84,8 @@ def make_demo(arguments: DemoArguments) -> int:
 
     - `{train,validation,test}.jsonl`: `video`, `video_id`, `text`, `distractor`;
     - `train_clips.jsonl`: `video`, `video_id` (of the clip), `start`, `end` (seconds), `text`;
-    - `{train,validation,test,train_clips}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`, `answers`, `answer_weights`,
-      `question_type`;
+    - `{train,validation,test,train_clips,train_scenes}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`,
+      `answers`, `answer_weights`, `question_type`; of clips (two to five scenes) and single scenes `start` and `end` too;
     - `videos/*.mp4`, and `demo.json` with the arguments.
 
     Returns:
@@ -103,12 +106,12 @@ def make_demo(arguments: DemoArguments) -> int:
     ]
     _write_videos(missing, arguments)
     for split in SPLITS:
-        rows, questions = _annotate(stories[split], arguments.seed)
+        rows, questions = _annotate(stories[split], arguments.seed, ROUNDS_OF_QUESTIONS.get(split, 1))
         _write_lines(output_dir / f"{split}.jsonl", rows)
         _write_lines(output_dir / f"{split}_qa.jsonl", questions)
-    rows, questions = _cut_clips(stories["train"], arguments)
-    _write_lines(output_dir / "train_clips.jsonl", rows)
-    _write_lines(output_dir / "train_clips_qa.jsonl", questions)
+    _write_lines(output_dir / "train_clips.jsonl", _tell_clips(stories["train"], arguments))
+    for name in SCENES_PER_QUESTIONED_CLIP:
+        _write_lines(output_dir / f"{name}.jsonl", _ask_about_clips(stories["train"], arguments, name))
     return len(missing)
 
 
@@ -205,7 +208,7 @@ def _draw_video(video: tuple[Path, Story], image_size: int, fps: int) -> None:
     write_video(path, frames, image_size, fps)
 
 
-def _annotate(stories: dict[str, Story], seed: int) -> tuple[list[dict], list[dict]]:
+def _annotate(stories: dict[str, Story], seed: int, rounds: int) -> tuple[list[dict], list[dict]]:
     """The rows of a split: one a video, and one a question."""
     video_ids = list(stories)
     rows, questions = [], []
@@ -213,12 +216,13 @@ def _annotate(stories: dict[str, Story], seed: int) -> tuple[list[dict], list[di
         rng = random.Random(f"tell {seed} {video_id}")
         video = {"video": _video_file(video_id), "video_id": video_id}
         rows.append({**video, "text": tell(story, rng), "distractor": video_ids[index ^ 1]})
-        questions += _questions(video, story, rng)
+        questions += _questions(video, story, rng, rounds)
     return rows, questions
 
 
-def _questions(video: dict, story: Story, rng: random.Random) -> list[dict]:
+def _questions(video: dict, story: Story, rng: random.Random, rounds: int) -> list[dict]:
     """The rows of the questions about a story, or a part of one, that `video` names."""
+    questions = {question.question: question for _ in range(rounds) for question in ask(story, rng)}
     return [
         {
             **video,
@@ -228,28 +232,46 @@ def _questions(video: dict, story: Story, rng: random.Random) -> list[dict]:
             "answer_weights": [1.0],
             "question_type": question.question_type,
         }
-        for number, question in enumerate(ask(story, rng))
+        for number, question in enumerate(questions.values())
     ]
 
 
-def _cut_clips(stories: dict[str, Story], arguments: DemoArguments) -> tuple[list[dict], list[dict]]:
-    """The rows of clips and their questions: scenes in a row, from when the first begins to when the last ends."""
-    rows, questions = [], []
+def _tell_clips(stories: dict[str, Story], arguments: DemoArguments) -> list[dict]:
+    """The rows of clips with their paragraphs."""
+    rows = []
     for video_id, story in stories.items():
         rng = random.Random(f"clips {arguments.seed} {video_id}")
-        frames = [count_frames(scene, arguments.fps) for scene in story.scenes]
         for number, num_scenes in enumerate(SCENES_PER_CLIP):
-            first = rng.randint(0, len(story.scenes) - num_scenes)
-            clip = Story(story.scenes[first : first + num_scenes])
-            video = {
-                "video": _video_file(video_id),
-                "video_id": f"{video_id}-clip{number}",
-                "start": sum(frames[:first]) / arguments.fps,
-                "end": sum(frames[: first + num_scenes]) / arguments.fps,
-            }
+            clip, video = _cut_clip(video_id, story, num_scenes, f"{video_id}-clip{number}", arguments.fps, rng)
             rows.append({**video, "text": tell(clip, rng)})
-            questions += _questions(video, clip, random.Random(f"ask {arguments.seed} {video['video_id']}"))
-    return rows, questions
+    return rows
+
+
+def _ask_about_clips(stories: dict[str, Story], arguments: DemoArguments, name: str) -> list[dict]:
+    """The rows of questions about clips, of which `SCENES_PER_QUESTIONED_CLIP[name]` tells the lengths."""
+    questions = []
+    for video_id, story in stories.items():
+        rng = random.Random(f"{name} {arguments.seed} {video_id}")
+        for number, num_scenes in enumerate(SCENES_PER_QUESTIONED_CLIP[name]):
+            clip, video = _cut_clip(video_id, story, num_scenes, f"{video_id}-{number}", arguments.fps, rng)
+            questions += _questions(video, clip, rng, ROUNDS_OF_QUESTIONS[name])
+    return questions
+
+
+def _cut_clip(
+    video_id: str, story: Story, num_scenes: int, clip_id: str, fps: int, rng: random.Random
+) -> tuple[Story, dict]:
+    """Scenes in a row, and the columns that name their part of the video: from when the first begins to the last's end."""
+    num_scenes = min(num_scenes, len(story.scenes))
+    first = rng.randint(0, len(story.scenes) - num_scenes)
+    frames = [count_frames(scene, fps) for scene in story.scenes]
+    video = {
+        "video": _video_file(video_id),
+        "video_id": clip_id,
+        "start": sum(frames[:first]) / fps,
+        "end": sum(frames[: first + num_scenes]) / fps,
+    }
+    return Story(story.scenes[first : first + num_scenes]), video
 
 
 def _write_lines(file: Path, rows: list[dict]) -> None:
