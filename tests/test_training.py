@@ -86,6 +86,18 @@ def test_a_model_that_is_nowhere_is_named():
         build_model(TestaForRetrieval, ModelArguments(model_name_or_path="runs/absent"), DataArguments())
 
 
+def test_new_weights_and_time_embeddings_are_as_the_arguments_say(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    model_args = ModelArguments(config_name=str(tmp_path), initializer_range=0.5, time_embeddings=9)
+    model, processor = build_model(TestaForRetrieval, model_args, DataArguments(num_frames=3))
+    assert processor.video_processor.num_frames == 3
+    assert model.testa.video_model.embeddings.time_embeddings.shape[1] == 9
+    assert model.video_projection.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    with pytest.raises(ValueError, match=r"initializer_range is 0.5, but .* has its weights"):
+        ModelArguments(model_name_or_path=str(tmp_path), initializer_range=0.5)
+
+
 def test_a_written_recipe_gives_the_same_arguments(tmp_path):
     arguments = (
         GreetingArguments(names=["ann"]),

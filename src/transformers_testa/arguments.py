@@ -30,6 +30,16 @@ class ModelArguments:
     config_name: str | None = field(
         default=None, metadata={"help": "For new weights: a folder of config.json, processor and tokenizer."}
     )
+    initializer_range: float | None = field(
+        default=None, metadata={"help": "With config_name: standard deviation of new weights; else the config's."}
+    )
+    time_embeddings: int | None = field(
+        default=None,
+        metadata={
+            "help": "Frames that the model has embeddings for, if not num_frames: more, in a first lesson on clips, leave "
+            "each frame of a longer video an embedding of its own."
+        },
+    )
     init_from_blip: str | None = field(
         default=None, metadata={"help": "With config_name: a BLIP checkpoint (.pth, folder or Hub id) to start from."}
     )
@@ -48,6 +58,11 @@ class ModelArguments:
     def __post_init__(self):
         if (self.model_name_or_path is None) == (self.config_name is None):
             raise ValueError("Give either model_name_or_path (trained weights) or config_name (new weights).")
+        if self.initializer_range is not None and self.config_name is None:
+            raise ValueError(
+                f"initializer_range is {self.initializer_range}, but {self.model_name_or_path} has its weights; it needs "
+                "config_name."
+            )
         if self.init_from_blip and self.config_name is None:
             raise ValueError("init_from_blip needs config_name: the folder of the new model's configuration.")
         counts, budget = (

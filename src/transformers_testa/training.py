@@ -71,6 +71,10 @@ def build_model(
         raise ValueError(f"{source} holds a `{config.model_type}` model; a `testa` model is needed.")
     stored_frames = config.video_config.num_frames
     _override(config.video_config, data_args, "num_frames")
+    if model_args.time_embeddings is not None:
+        config.video_config.num_frames = model_args.time_embeddings
+    for part in (config, config.video_config, config.text_config):
+        _override(part, model_args, "initializer_range")
     _override(config.video_config, model_args, "merged_frames_per_layer", "merged_patches_per_layer")
     if model_args.keep_ratio is not None or model_args.max_gflops is not None:
         _plan_within_budget(config.video_config, model_args)
