@@ -88,3 +88,17 @@ def test_fsdp_trains_saves_and_goes_on_as_plain_processes_do(world, tmp_path):
     again = load_file(tmp_path / "fsdp" / "model.safetensors")
     assert again.keys() == trained.keys()
     assert all(torch.equal(again[name], weight) for name, weight in trained.items())
+
+
+def test_two_processes_index_a_folder_and_what_is_found_is_what_one_finds(world, tmp_path):
+    found = []
+    for num_processes in (1, 2):
+        printed = launch(
+            *(num_processes, "run_retrieval.py", "--config_name", world / "tiny", "--index_folder", world / "videos"),
+            *("--gallery_dir", tmp_path / str(num_processes), "--query", "White", "--top_k", 20),
+        )
+        assert printed.count("18 videos added, 0 were there, 0 could not be read.") == 1
+        ranked = [line.split() for line in printed.splitlines() if line.endswith(".mp4")]
+        found.append({path: float(score) for _, score, path in ranked})
+    assert len(found[0]) == 18 and found[1] == pytest.approx(found[0], abs=2e-3)
+    assert {path.name for path in (tmp_path / "2").glob("part-*")} == {"part-0", "part-1"}
