@@ -10,13 +10,15 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin, load
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
@@ -479,7 +481,12 @@ class Checkpoints:
             folder = self.folders()[-1]
         if not (folder / "progress.json").is_file():
             raise ValueError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, where no checkpoint is.")
-        saved = json.loads((folder / "identity.json").read_text())
+        try:
+            saved = json.loads((folder / "identity.json").read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"The checkpoint {folder} is damaged; delete it, to go on from the one before."
+            ) from error
         for name in {**self.identity, **saved}:
             if saved.get(name) != self.identity.get(name):
                 raise ValueError(
@@ -490,25 +497,52 @@ class Checkpoints:
         return folder
 
     def load(self, folder: Path) -> Progress:
-        """Put weights, optimiser, schedule and random generators back to where they were, and return the progress."""
-        self.accelerator.load_state(str(folder))
-        saved = json.loads((folder / "progress.json").read_text())
+        """Put weights, optimiser, schedule and random generators back to where they were, and return the progress.
+
+        Raises:
+            ValueError: A file of the checkpoint is damaged, or asks for code to be run, which is never done.
+        """
+        try:
+            # Where it can't read them, Accelerate goes on without them, to another end.
+            load(folder / f"random_states_{self.accelerator.process_index}.pkl")
+            self.accelerator.load_state(str(folder))
+            saved = json.loads((folder / "progress.json").read_text())
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+            raise ValueError(
+                f"The checkpoint {folder} is damaged; delete it, to go on from the one before. ({error})"
+            ) from error
         return Progress(**{**saved, "broken_videos": BrokenVideos(saved["broken_videos"])})
 
     def save(self, progress: Progress):
-        """Write a checkpoint aside, rename it, and delete those before the last two, but for the best."""
+        """Write a checkpoint aside, rename it, and delete those before the last two, but for the best.
+
+        Raises:
+            OSError: It can't be written, for want of space for one; the checkpoints before it stay as they are.
+        """
         folder = self.folder(progress.step)
         partial = folder.with_suffix(".partial")
         if self.accelerator.is_main_process:
             for leftover in (*self.output_dir.glob("checkpoint-*.partial"), folder):
                 shutil.rmtree(leftover, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(partial))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                (partial / "progress.json").write_text(json.dumps(dataclasses.asdict(progress), indent=2))
+                (partial / "identity.json").write_text(json.dumps(self.identity, indent=2))
+                partial.rename(folder)
+        # What torch and safetensors make of a full disk.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            last = str(self.folders()[-1]) if self.folders() else "none yet"
+            raise OSError(
+                f"The checkpoint of step {progress.step} could not be written to {self.output_dir}: {error}. The last "
+                f"whole one is {last}; make room, and give the same command again to go on from there."
+            ) from error
         if self.accelerator.is_main_process:
-            (partial / "progress.json").write_text(json.dumps(dataclasses.asdict(progress), indent=2))
-            (partial / "identity.json").write_text(json.dumps(self.identity, indent=2))
-            partial.rename(folder)
             for old in self.folders()[: -self.keep]:
                 if old != self.folder(progress.best_step):
                     shutil.rmtree(old)
@@ -527,7 +561,7 @@ def train(
     args: TrainingArguments,
     accelerator: Accelerator,
     objective: PreTrainedModel | MomentumTraining,
-    dataset: Dataset,
+    dataset: VideoTextDataset,
     sampler: EpochBatchSampler,
     collate: Callable[[list[dict]], dict],
     identity: dict[str, Any],
@@ -557,7 +591,9 @@ def train(
     Raises:
         ValueError: The training set is smaller than a batch or can't be decoded, or `output_dir` holds checkpoints of
             another run.
-        FloatingPointError: The loss is no longer a finite number.
+        FloatingPointError: A loss or a gradient is no longer finite. The samples of its batch are named; the model
+            keeps the weights from before.
+        OSError: A checkpoint can't be written.
     """
     steps_per_epoch = count_steps_per_epoch(args, sampler)
     num_steps = args.max_train_steps or max(
@@ -579,7 +615,7 @@ def train(
     elif evaluate and args.eval_before_training:
         evaluate(progress, "before training")
 
-    outputs, status, skipped = [], {}, 0
+    outputs, status, skipped, losses_of_step = [], {}, 0, {}
     bar = tqdm(total=num_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
     for batch in loader if progress.step < num_steps else ():
         progress.batches += 1
@@ -596,8 +632,17 @@ def train(
         with accelerator.accumulate(prepared):
             output = prepared(**batch)
             accelerator.backward(output.loss)
+            losses_of_step[progress.batches - 1] = output.loss.detach()
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(prepared.parameters(), args.max_grad_norm)
+                # The norm is that of all processes: they stop together.
+                norm = accelerator.clip_grad_norm_(prepared.parameters(), args.max_grad_norm)
+                if not _is_finite(norm):
+                    raise FloatingPointError(
+                        _name_samples(losses_of_step, progress.step + 1, accelerator, dataset, sampler)
+                        + " The weights are those from before this step, as are all checkpoints. Look at these samples, "
+                        "lower learning_rate, or train with mixed_precision no."
+                    )
+                losses_of_step = {}
             for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
                 optimizer.step()
                 scheduler.step()
@@ -644,6 +689,31 @@ def _everywhere(accelerator: Accelerator, condition: bool) -> bool:
     if accelerator.num_processes == 1:
         return condition
     return bool(accelerator.gather(torch.tensor([condition], device=accelerator.device)).all())
+
+
+def _is_finite(norm: torch.Tensor | float | None) -> bool:
+    """Return whether a norm of gradients is finite, or DeepSpeed keeps it for itself."""
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return norm is None or math.isfinite(norm)
+
+
+def _name_samples(
+    losses: dict[int, torch.Tensor],
+    step: int,
+    accelerator: Accelerator,
+    dataset: VideoTextDataset,
+    sampler: EpochBatchSampler,
+) -> str:
+    """Say which batches of a step (by number, with their losses) went wrong, and which videos this process had of them."""
+    wrong = {number: loss.item() for number, loss in losses.items() if not math.isfinite(loss)}
+    found = f"The gradient isn't finite at step {step}, though the loss is (in this process)"
+    if wrong:
+        found = f"The loss is {next(iter(wrong.values()))} at step {step}"
+    share = sampler.batch_size // accelerator.num_processes
+    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    rows = [row for number in wrong or losses for row, _ in sampler.batch(number)[own]]
+    return f"{found}, where the batch has the videos {', '.join(map(str, dataset.video_ids(rows)))}."
 
 
 def _mean_losses(accelerator: Accelerator, outputs: list[dict[str, torch.Tensor]], step: int) -> dict[str, float]:

@@ -79,6 +79,10 @@ class VideoTextDataset(torch.utils.data.Dataset):
             found["frames"] = self.augmentation(found["frames"], seed)
         return {**row, **found, "index": index, "pair_id": pair_id}
 
+    def video_ids(self, rows: list[int]) -> list[str]:
+        """Return the `video_id` of each of these items."""
+        return self.table.select(rows)["video_id"]
+
     def digest(self) -> str:
         """Return a short hash of the rows, which doesn't change when the videos lie in another folder."""
         rows = [{name: value for name, value in row.items() if name != "video"} for row in self.table]
@@ -106,6 +110,10 @@ class VideoQuestionsDataset(VideoTextDataset):
 
     def __len__(self) -> int:
         return len(self.rows_of_video)
+
+    def video_ids(self, rows: list[int]) -> list[str]:
+        """Return the `video_id` of each of these items."""
+        return super().video_ids([self.rows_of_video[row][0] for row in rows])
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         """Return a video; `key` is its number, or its number and the seed of its questions, frames and augmentation."""

@@ -74,6 +74,11 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             yield from self._batches_of(epoch)[skipped:]
             skipped = 0
 
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        """Return a batch by its number, counted from the start of the run."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        return self._batches_of(epoch)[place]
+
     def _batches_of(self, epoch: int) -> list[list[tuple[int, int]]]:
         rows = self._rows_of(epoch)
         generator = np.random.default_rng([self.seed, epoch])
