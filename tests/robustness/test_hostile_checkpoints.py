@@ -28,7 +28,7 @@ example_settings = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 # A few numbers that pretend to be more.
-sizes = st.lists(st.sampled_from([0, 1, 2, 3, 17, 64, 10**6, 10**9]), max_size=5)
+sizes = st.lists(st.sampled_from([0, 1, 2, 3, 17, 64, 10**6]), max_size=3)
 replacements = st.one_of(
     sizes.map(lambda shape: torch.zeros(()).expand(shape)),
     st.lists(st.integers(0, 6), max_size=5).map(torch.zeros),
