@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from transformers_testa.data.demo import DemoArguments, make_demo
+
 
 @pytest.mark.parametrize(
     ("name", "ratio"),
@@ -49,3 +51,20 @@ def test_searches_of_a_gallery_are_measured_with_what_they_find_and_storage_with
     sizes = {row["stored in"]: row["MB a video"] for row in results["storage"]}
     assert sizes["float32"] > 1.9 * sizes["bfloat16"] > 3.5 * sizes["int8"]
     assert [row["relative error"] for row in results["storage"]] == ["0", "2^-9.2", "2^-7.0"]
+
+
+def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there_is(tmp_path, capsys):
+    demo = DemoArguments(str(tmp_path / "demo"), num_train=24, num_validation=4, num_test=8, image_size=32, fps=4)
+    make_demo(demo)
+    ablation = importlib.import_module("ablation")
+    rows = ("none", "off the shelf, geometry")
+    steps = ("--clip_steps", "2", "--story_steps", "2", "--seeds", "0", "--report", str(tmp_path / "results.md"))
+    command = ["--data_dir", demo.output_dir, "--output_dir", str(tmp_path / "runs"), *steps, "--rows", *rows]
+    ablation.main(command)
+    first = json.loads((tmp_path / "runs" / "ablation.json").read_text())["results"]
+    assert [entry["row"] for entry in first] == list(rows)
+    assert first[1]["GFLOPs"] < 0.6 * first[0]["GFLOPs"]
+    assert "Recall against GFLOPs" in (tmp_path / "results.md").read_text() and (tmp_path / "results.png").is_file()
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
+    ablation.main(command)
+    assert {file: file.stat().st_mtime_ns for file in written} == written and len(written) == 3
