@@ -280,6 +280,8 @@ def test_a_reader_of_a_removed_shard_is_told(two_shards, model):
     assert reader.hidden_states([0]).float().equal(features(2)[1][:1])
     with pytest.raises(ValueError, match="removed since this gallery was opened"):
         reader.hidden_states([3])
+    with pytest.raises(ValueError, match=r"embeddings-0.bin is gone, as videos were removed: open .* again"):
+        reader.embeddings()
 
 
 @pytest.mark.parametrize("flushes", range(8))
@@ -328,6 +330,18 @@ def test_parts_become_one_gallery_where_each_shard_stays(tmp_path, model):
         gallery.remove(["2", "3"])
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("shard-*")}
     assert left == {"shard-00000.safetensors"} | {f"part-{part}/shard-00000.safetensors" for part in (0, 2)}
+
+
+def test_what_is_in_a_part_stays_whatever_the_whole_does_before_it_takes_it_in(tmp_path, model):
+    with Gallery(tmp_path, model, writable=True) as gallery:
+        gallery.add(["a", "b"], *features(2))
+        with Gallery(tmp_path / "part-0", model, writable=True) as part:
+            part.add(["c"], *features(1, seed=1))
+            gallery.remove(["a"])
+            part.add(["d"], *features(1, seed=2))
+        gallery.take_in_parts()
+        assert gallery.ids == ["b", "c", "d"]
+        gallery.verify()
 
 
 def test_a_part_that_does_not_fit_or_is_still_written_is_refused(tmp_path, model):

@@ -283,6 +283,8 @@ def test_a_damaged_video_that_is_gone_is_removed_and_reported(tmp_path, model, p
             shard.write_bytes(bytes(shard.stat().st_size))
         for gone in (0, 4):
             Path(ids[gone]).unlink()
+        with pytest.raises(ValueError, match=r"videos lacks .*, which is damaged"):
+            repair_gallery(model, processor, gallery, videos={ids[0]: ids[0]})
         report = repair_gallery(model, processor, gallery)
     assert list(report.failed) == [ids[4], ids[0]] and report.repaired == 3 and len(report.damages) == 3
     repaired = Gallery(tmp_path / "gallery", model)

@@ -146,9 +146,15 @@ class Gallery:
         return self._rows[video_id]
 
     def embeddings(self) -> Tensor:
-        """All embeddings, float32 `[n, E]`, mapped from disk. Raises ValueError where the gallery is empty."""
+        """All embeddings, float32 `[n, E]`, mapped from disk.
+
+        Raises:
+            ValueError: if the gallery is empty, or videos were removed since it was opened.
+        """
         if not self._rows:
             raise ValueError(f"the gallery {self.folder} holds no video yet: add some with index_videos")
+        if not self._embeddings_path.exists():
+            raise ValueError(f"{self._embeddings_path} is gone, as videos were removed: open {self.folder} again")
         dim = self._header["embedding_dim"]
         path, size = str(self._embeddings_path), len(self) * dim
         return torch.from_file(path, shared=False, size=size, dtype=torch.float32).view(-1, dim)
@@ -446,8 +452,12 @@ class Gallery:
         """Delete what is not, or no longer, in the gallery: of a writer that was killed, or of removed videos."""
         wanted = {self.folder / shard["file"] for shard in self._shards} | {self._embeddings_path}
         names = ("shard-*.safetensors", "embeddings-*.bin", f"{INDEX}.tmp")
-        patterns = [folder + name + end for folder in ("", "part-*/") for name in names for end in ("", ".tmp")]
-        for path in {path for pattern in patterns for path in self.folder.glob(pattern)} - wanted:
+        # A part that has an index is not taken in yet.
+        parts = [part for part in self.folder.glob("part-*") if not (part / INDEX).exists()]
+        patterns = [name + end for name in names for end in ("", ".tmp")]
+        for path in {
+            path for place in (self.folder, *parts) for name in patterns for path in place.glob(name)
+        } - wanted:
             path.unlink()
 
     @contextlib.contextmanager

@@ -203,9 +203,12 @@ def repair_gallery(
         decode_threads: videos decoded at a time.
 
     Raises:
-        ValueError: if the gallery isn't writable, or a video has another shape than before.
+        ValueError: if the gallery isn't writable, `videos` lacks a damaged one, or a video has another shape than
+            before.
     """
     damages, failed, repaired = list(gallery.find_damage()), {}, 0
+    if videos is not None and (lacking := [name for damage in damages for name in damage.ids if name not in videos]):
+        raise ValueError(f"videos lacks {lacking[0]!r}, which is damaged: tell where the video is")
     # Repairing one may leave nothing of its shard, so the numbers of earlier ones stay if the last comes first.
     for damage in reversed(damages):
         logger.warning(f"{damage.reason}: its {len(damage.ids)} videos are embedded again.")
