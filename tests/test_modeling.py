@@ -15,7 +15,7 @@ from transformers_testa import (
 )
 from transformers_testa.aggregation_testa import unmerge
 from transformers_testa.modeling_testa import TestaVideoAttention
-from transformers_testa.objectives import matching_loss
+from transformers_testa.objectives import HardNegatives, matching_loss
 
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -220,6 +220,24 @@ def test_the_encoder_compiles_without_a_graph_break(fields):
     videos = example_videos()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(videos).last_hidden_state, model(videos).last_hidden_state)
+
+
+def test_matching_learns_the_same_whether_pairs_share_keys_and_values_or_not():
+    model = trained(TestaForRetrieval(tiny_config())).train()
+    videos = torch.randn(4, 9, model.config.video_config.hidden_size, requires_grad=True)
+    texts = torch.randint(10, 20, (4, 5)), torch.ones(4, 5, dtype=torch.long)
+    has_negative = torch.tensor([True, True, True, False])
+    negatives = HardNegatives(torch.tensor([2, 0, 2, 1]), torch.tensor([1, 1, 0, 3]), has_negative, has_negative)
+    results = []
+    for candidate_videos, checkpointing in ((videos, False), (videos.clone(), False), (videos, True)):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(0)
+        loss = model.matching_loss(videos, *texts, negatives, (candidate_videos, *texts))
+        parameters = [videos, *model.testa.text_model.layers.parameters()]
+        results.append([loss, *torch.autograd.grad(loss, parameters)])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(is_flash_attn_2_available(), reason="There is flash attention 2.")

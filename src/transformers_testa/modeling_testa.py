@@ -1139,7 +1139,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
 
     def match(
         self,
-        video_hidden_states: Tensor,
+        video_hidden_states: Tensor | None,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -1147,8 +1147,9 @@ class TestaForRetrieval(TestaPreTrainedModel):
         """Read texts together with videos.
 
         Args:
-            video_hidden_states: `[V, S, D]`, the `last_hidden_state` of videos. N is a multiple of V; each video
-                serves N / V texts in a row, and its keys and values are computed once.
+            video_hidden_states: `[V, S, D]`, the `last_hidden_state` of videos; None where `kwargs` have a `cache` that
+                holds their keys and values. N is a multiple of V; each video serves N / V texts in a row, and its keys
+                and values are computed once.
             input_ids: `[N, L]`, texts as the tokenizer gives them.
             attention_mask: `[N, L]`.
 
@@ -1296,8 +1297,19 @@ class TestaForRetrieval(TestaPreTrainedModel):
         # Each video is read with its own text and a negative one: [B, 2, L] -> [2 * B, L]
         both_ids = torch.stack([input_ids, candidate_ids[negatives.text_of_video]], dim=1).flatten(0, 1)
         both_masks = torch.stack([attention_mask, candidate_masks[negatives.text_of_video]], dim=1).flatten(0, 1)
-        logits = self.match(video_hidden_states, both_ids, both_masks, **kwargs).unflatten(0, (-1, 2))
-        negative_logits = self.match(candidate_videos[negatives.video_of_text], input_ids, attention_mask, **kwargs)
+        cache = None
+        if candidate_videos is video_hidden_states and not self.is_activation_checkpointing:
+            # The negative videos are among these: their keys and values are there already. (Checkpointing would have to
+            # keep them for all layers, which is more than it saves.)
+            text_config = self.config.text_config
+            cache = EncoderDecoderCache(DynamicCache(config=text_config), DynamicCache(config=text_config))
+        logits = self.match(video_hidden_states, both_ids, both_masks, cache=cache, **kwargs).unflatten(0, (-1, 2))
+        negative_videos = None
+        if cache is None:
+            negative_videos = candidate_videos[negatives.video_of_text]
+        else:
+            cache.cross_attention_cache.batch_select_indices(negatives.video_of_text)
+        negative_logits = self.match(negative_videos, input_ids, attention_mask, cache=cache, **kwargs)
         return matching_loss(
             logits[:, 0],
             torch.cat([negative_logits, logits[:, 1]]),
