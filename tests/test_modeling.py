@@ -222,6 +222,14 @@ def test_the_encoder_compiles_without_a_graph_break(fields):
     torch.testing.assert_close(compiled(videos).last_hidden_state, model(videos).last_hidden_state)
 
 
+def test_an_mlp_in_chunks_computes_the_same():
+    model = trained(TestaVideoModel(tiny_video_config()))
+    chunked = TestaVideoModel(tiny_video_config(chunk_size_feed_forward=5)).eval()
+    chunked.load_state_dict(model.state_dict())
+    videos = example_videos()
+    torch.testing.assert_close(chunked(videos).last_hidden_state, model(videos).last_hidden_state, **TOLERANCE)
+
+
 def test_matching_learns_the_same_whether_pairs_share_keys_and_values_or_not():
     model = trained(TestaForRetrieval(tiny_config())).train()
     videos = torch.randn(4, 9, model.config.video_config.hidden_size, requires_grad=True)

@@ -77,6 +77,8 @@ class TestaVideoConfig(_TestaBaseConfig):
             position propose a partner frame (the released weights).
         proportional_attention: Whether the log of each token's size is added to its attention logits, so that a
             merged token counts as the patches it stands for.
+        chunk_size_feed_forward: Tokens that go through the MLP at a time, say 4096: as fast, with two thirds of the memory
+            in inference; 0 for all.
         use_temporal_scaling: Whether each frame has a learned gain on its temporal attention, as in the paper's
             pre-training. Needs divided attention and no frame merging.
         keep_ratio: Instead of counts of merges: what a video may cost, as a share of the GFLOPs without merging. Counts

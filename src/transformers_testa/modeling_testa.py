@@ -431,8 +431,14 @@ class TestaMLP(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.chunk_size = config.chunk_size_feed_forward
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.chunk_size:
+            return torch.cat([self.feed(tokens) for tokens in hidden_states.split(self.chunk_size, dim=1)], dim=1)
+        return self.feed(hidden_states)
+
+    def feed(self, hidden_states: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
 
 
@@ -464,15 +470,25 @@ class TestaVideoLayer(GradientCheckpointingLayer):
             token_sizes: `[B, G, S]`, sizes of the patch tokens in G groups: frames, or one group in joint attention.
             token_map: `[B, T, L]`, index into G * S of every input patch.
         """
+        hidden_states, token_sizes, token_map = self.attend(hidden_states, token_sizes, token_map, **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.mlp(self.norm(hidden_states)))
+        return hidden_states, token_sizes, token_map
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        token_sizes: Tensor,
+        token_map: Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do all but the MLP, with the arguments and returns of `forward`."""
         class_tokens, patches = self.split_class_tokens(hidden_states, *token_sizes.shape[1:])
         if self.is_divided:
             patches, token_sizes, token_map = self.temporal(patches, token_sizes, token_map, **kwargs)
         class_tokens, patches, token_sizes, token_map = self.spatial(
             class_tokens, patches, token_sizes, token_map, **kwargs
         )
-        hidden_states = join_class_tokens(class_tokens, patches)
-        hidden_states = hidden_states + self.drop_path(self.mlp(self.norm(hidden_states)))
-        return hidden_states, token_sizes, token_map
+        return join_class_tokens(class_tokens, patches), token_sizes, token_map
 
     def split_class_tokens(self, hidden_states: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, Tensor]:
         """Return class tokens `[B, 1 or G, 1, D]` and patches `[B, G, S, D]`."""
@@ -597,6 +613,7 @@ class TestaVideoModel(TestaPreTrainedModel):
 
         hidden_states = join_class_tokens(class_tokens, patches)
         token_sizes = patches.new_ones(patches.shape[:3], dtype=torch.float32)
+        del patches  # which would take memory to the end
         for layer in self.layers:
             hidden_states, token_sizes, token_map = layer(hidden_states, token_sizes, token_map, **kwargs)
         hidden_states = self.norm(hidden_states)
