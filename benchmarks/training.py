@@ -57,8 +57,8 @@ class PeerModel(nn.Module):
         return videos.mean() + texts[:, 0].mean() + pairs[:, 0].mean()
 
 
-def build_peer(tiny: bool) -> nn.Module:
-    sizes = TINY if tiny else {"num_attention_heads": 12}
+def build_peer(tiny: bool, layers: int) -> nn.Module:
+    sizes = TINY if tiny else {"num_attention_heads": 12, "num_hidden_layers": layers}
     text_config = BlipTextConfig(
         vocab_size=VOCABULARY, encoder_hidden_size=sizes.get("hidden_size", 768), use_cache=False, **sizes
     )
@@ -66,9 +66,9 @@ def build_peer(tiny: bool) -> nn.Module:
     return PeerModel(TimesformerConfig(num_frames=NUM_FRAMES, **video_sizes), text_config)
 
 
-def build_ours(tiny: bool, aggregation: dict[str, int]) -> TestaForRetrieval:
-    sizes = TINY if tiny else {}
-    video_config = {**sizes, "image_size": 32} if tiny else {}
+def build_ours(tiny: bool, layers: int, aggregation: dict[str, int]) -> TestaForRetrieval:
+    sizes = TINY if tiny else {"num_hidden_layers": layers}
+    video_config = {**sizes, "image_size": 32} if tiny else sizes
     return TestaForRetrieval(
         TestaConfig(
             video_config={"num_frames": NUM_FRAMES, **video_config, **aggregation},
@@ -93,12 +93,17 @@ def training_step(
 
 def main(arguments: Sequence[str] | None = None):
     parser = benchmark_parser(__doc__, rows=("ours", "aggregated", "checkpointed"))
+    parser.add_argument(
+        "--layers", type=int, default=12, help="Blocks of every encoder; fewer take less time to measure."
+    )
     parser.add_argument("--batch_size", type=int, default=4, help="Videos, and texts; 2 or more.")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="Of matrix products.")
     parser.add_argument("--tiny", action="store_true", help="Models of two narrow blocks, to see that this runs.")
     settings = parser.parse_args(arguments)
     device, dtype, tiny = settings.device, getattr(torch, settings.dtype), settings.tiny
-    machine = f"{describe_machine(device)}, {settings.dtype}, batches of {settings.batch_size}"
+    machine = (
+        f"{describe_machine(device)}, {settings.dtype}, batches of {settings.batch_size}, {settings.layers} layers"
+    )
     print(f"{machine}\n")
 
     torch.manual_seed(0)
@@ -110,13 +115,13 @@ def main(arguments: Sequence[str] | None = None):
         "attention_mask": torch.ones_like(input_ids),
     }
     aggregation = TINY_AGGREGATION if tiny else AGGREGATION
-    models = {PEER: build_peer(tiny)}
+    models = {PEER: build_peer(tiny, settings.layers)}
     if "ours" in settings.rows:
-        models["ours"] = build_ours(tiny, {})
+        models["ours"] = build_ours(tiny, settings.layers, {})
     if "aggregated" in settings.rows:
-        models["ours, aggregated"] = build_ours(tiny, aggregation)
+        models["ours, aggregated"] = build_ours(tiny, settings.layers, aggregation)
     if "checkpointed" in settings.rows:
-        models["ours, aggregated, checkpointed"] = build_ours(tiny, aggregation)
+        models["ours, aggregated, checkpointed"] = build_ours(tiny, settings.layers, aggregation)
         models["ours, aggregated, checkpointed"].activation_checkpointing_enable()
     steps = {}
     for name, model in models.items():
