@@ -37,9 +37,9 @@ def readers_folders(tmp_path_factory):
     train("run_retrieval.py", "recipe_clips.yaml", "train_clips.jsonl", "testa-demo-clips")
     start = runs / "testa-demo-clips"
     train("run_retrieval.py", "recipe.yaml", "train.jsonl", "testa-demo", model_name_or_path=start)
-    train("run_pretraining.py", "recipe_pretraining.yaml", "train_clips.jsonl", "testa-demo-pretraining")
-    start = runs / "testa-demo-pretraining"
-    train("run_videoqa.py", "recipe_videoqa.yaml", "train_qa.jsonl", "testa-demo-videoqa", model_name_or_path=start)
+    scenes = runs / "testa-demo-videoqa-scenes"
+    train("run_videoqa.py", "recipe_videoqa_scenes.yaml", "train_scenes_qa.jsonl", scenes.name)
+    train("run_videoqa.py", "recipe_videoqa.yaml", "train_qa.jsonl", "testa-demo-videoqa", model_name_or_path=scenes)
     return runs, stories
 
 
