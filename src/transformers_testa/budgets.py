@@ -79,12 +79,17 @@ def plan_merges(
 
     # Shrink both until the budget is met. Then, with the frames of that step or the one before, patches alone.
     enough = bisect_left(range(4096), True, key=lambda step: gflops_at(*shrink(step)) <= budget)
-    patch_levels = [most_patches * step / (8 * patches) for step in range(8 * patches + 1)]
+    # The steps are fine because blocks that reach a whole number at nearly the same level shall do so one by one.
+    steps = 2**20
     plans = []
     for frame_level in {shrink(step)[0] for step in (max(enough - 1, 0), enough)}:
-        found = bisect_left(patch_levels, True, key=lambda level: gflops_at(frame_level, level) <= budget)
-        if found < len(patch_levels):
-            plans.append(merges_at(frame_level, patch_levels[found]))
+
+        def is_enough(step: int, frame_level: float = frame_level) -> bool:
+            return gflops_at(frame_level, most_patches * step / steps) <= budget
+
+        found = bisect_left(range(steps + 1), True, key=is_enough)
+        if found <= steps:
+            plans.append(merges_at(frame_level, most_patches * found / steps))
     return max(plans, key=lambda merges: count_video_gflops(config, merges=merges))
 
 
