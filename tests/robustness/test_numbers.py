@@ -24,8 +24,9 @@ from transformers_testa import TestaForRetrieval, TestaProcessor
 NUM_VIDEOS = 8
 # Alone or in a batch, float32.
 SAME = {"atol": 1e-5, "rtol": 0}
-# Cosines of embeddings with those in float32.
-LEAST_COSINE = {"bf16": 0.99, "compiled": 0.99999}
+# Cosines of embeddings with those in float32, where the same tokens merge: between tokens that are nearly as alike,
+# bfloat16 may choose another.
+LEAST_COSINE = {"bf16": 0.9999, "compiled": 0.99999}
 LARGEST_CHANGE_OF_RECALL = {"bf16": 2.0, "compiled": 0.5}
 
 
@@ -46,6 +47,15 @@ def inputs():
 def embed_videos(model, pixel_values_videos):
     with torch.no_grad():
         return model.get_video_features(pixel_values_videos).pooler_output
+
+
+def embed_and_map(model, batches, autocast):
+    """Return the embeddings of videos, and which token each of their patches is in."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = [model.get_video_features(batch) for batch in batches]
+    return torch.cat([output.pooler_output.float() for output in outputs]), torch.cat(
+        [output.token_map.flatten(1) for output in outputs]
+    )
 
 
 def embed_texts(model, inputs):
@@ -71,7 +81,7 @@ def test_bf16_agrees_with_float32(model, inputs):
     expected = embed_videos(model, inputs["pixel_values_videos"])
     with torch.autocast("cpu", torch.bfloat16):
         found = embed_videos(model, inputs["pixel_values_videos"]).float()
-    assert F.cosine_similarity(found, expected).min() >= LEAST_COSINE["bf16"]
+    assert F.cosine_similarity(found, expected).min() >= 0.99
 
 
 @pytest.mark.slow
@@ -96,21 +106,22 @@ def test_recall_of_the_demo_agrees_in_float32_bf16_and_compiled():
     compiled = TestaForRetrieval.from_pretrained(os.environ["TESTA_DEMO_MODEL"]).eval()
     compiled.testa.video_model.compile()
     ways = {"float32": (model, False), "bf16": (model, True), "compiled": (compiled, False)}
-    embeddings, recalls = {}, {}
+    embeddings, maps, recalls = {}, {}, {}
     for name, (way, autocast) in ways.items():
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            batches = pixel_values_videos.split(20)
-            embeddings[name] = torch.cat([embed_videos(way, batch).float() for batch in batches])
+        embeddings[name], maps[name] = embed_and_map(way, pixel_values_videos.split(20), autocast)
         ranks = (text_embeds @ embeddings[name].T).argsort(dim=-1, descending=True)
         for k in (1, 5):
             hits = (ranks[:, :k] == torch.arange(len(rows))[:, None]).any(dim=-1)
             recalls[name, k] = 100 * hits.float().mean().item()
     for name in LEAST_COSINE:
-        cosine = F.cosine_similarity(embeddings[name], embeddings["float32"]).min().item()
+        cosines = F.cosine_similarity(embeddings[name], embeddings["float32"])
+        merges_alike = (maps[name] == maps["float32"]).all(dim=-1)
         print(
-            f"\n{name}: recall@1 {recalls[name, 1]:.1f}, @5 {recalls[name, 5]:.1f}, least cosine {cosine:.6f}", end=""
+            f"\n{name}: recall@1 {recalls[name, 1]:.1f}, @5 {recalls[name, 5]:.1f}; least cosine "
+            f"{cosines.min().item():.6f}, {cosines[merges_alike].min().item():.6f} of {merges_alike.sum()} that merge alike",
+            end="",
         )
-        assert cosine >= LEAST_COSINE[name]
+        assert cosines[merges_alike].min() >= LEAST_COSINE[name]
         for k in (1, 5):
             assert abs(recalls[name, k] - recalls["float32", k]) <= LARGEST_CHANGE_OF_RECALL[name]
     print(f"\nfloat32: recall@1 {recalls['float32', 1]:.1f}, @5 {recalls['float32', 5]:.1f}; {len(rows)} videos")
