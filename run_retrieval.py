@@ -66,16 +66,8 @@ python run_retrieval.py --model_name_or_path {folder} --index_folder videos --ga
 @dataclass
 class RetrievalArguments:
     free: ClassVar[tuple[str, ...]] = (
-        *(
-            "rerank_k",
-            "num_example_queries",
-            "index_folder",
-            "gallery_dir",
-            "gallery_dtype",
-            "repair",
-            "query",
-            "top_k",
-        ),
+        *("rerank_k", "num_example_queries", "query", "top_k"),
+        *("index_folder", "gallery_dir", "gallery_dtype", "repair"),
     )
 
     rerank_k: int = field(default=128, metadata={"help": "Candidates that the matching head reads; 0: no re-ranking."})

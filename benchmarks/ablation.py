@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import describe_machine, peak_memory, print_table, save_json
+from measuring import describe_machine, markdown_table, peak_memory, save_json
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -107,11 +107,11 @@ def main(arguments: list[str] | None = None):
     }
     table = [summarise(row, [results[row.name, seed] for seed in args.seeds]) for row in rows]
     machine = describe_machine()
-    print(f"\n{machine}\n{len(args.seeds)} seeds: mean ± standard deviation\n")
-    print_table([{name: _with_spread(value) for name, value in entry.items()} for entry in table])
+    shown = markdown_table([{name: _with_spread(value) for name, value in entry.items()} for entry in table])
+    print(f"\n{machine}\n{len(args.seeds)} seeds: mean ± standard deviation\n\n{shown}")
     save_json(args.output_dir / "ablation.json", machine, table)
     if args.report:
-        write_report(args.report, table, machine, len(args.seeds))
+        write_report(args.report, table, shown, machine, len(args.seeds))
 
 
 def run_row(row: Row, seed: int, args: argparse.Namespace) -> dict[str, float]:
@@ -195,7 +195,7 @@ def _with_spread(value: Any) -> Any:
     return f"{statistics.mean(value):.1f} ± {spread:.1f}"
 
 
-def write_report(file: Path, table: list[dict[str, Any]], machine: str, num_seeds: int):
+def write_report(file: Path, table: list[dict[str, Any]], shown: str, machine: str, num_seeds: int):
     """Write the table as Markdown, and a plot of recall against GFLOPs with its Pareto front."""
     import matplotlib
 
@@ -205,30 +205,25 @@ def write_report(file: Path, table: list[dict[str, Any]], machine: str, num_seed
     points = [(entry["GFLOPs"], statistics.mean(entry["R@1"]), entry["row"]) for entry in table]
     front = [point for point in points if not any(o[0] <= point[0] and o[1] > point[1] for o in points)]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for prefix, marker in (("off the shelf", "o"), ("joint", "s"), ("", "^")):
-        chosen = [p for p in points if p[2].startswith(prefix)] if prefix else []
-        chosen = chosen or [p for p in points if not p[2].startswith(("off the shelf", "joint"))]
-        axes.plot(*zip(*((x, y) for x, y, _ in chosen), strict=True), marker, label=prefix or "trained")
+    for kind, marker in (("off the shelf", "o"), ("joint", "s"), ("trained", "^")):
+        if chosen := [(gflops, recall) for gflops, recall, name in points if _kind(name) == kind]:
+            axes.plot(*zip(*chosen, strict=True), marker, label=kind)
     axes.plot(*zip(*sorted((x, y) for x, y, _ in front), strict=True), color="grey", linewidth=1, label="Pareto front")
     axes.set(xlabel="GFLOPs a video", ylabel="text-to-video R@1, %")
     axes.legend()
     figure.savefig(file.with_suffix(".png"), dpi=120)
     plt.close(figure)
 
-    names = list(table[0])
-    lines = [
-        "# Ablations on the demo's stories\n",
-        f"`python benchmarks/ablation.py`, {num_seeds} seeds (mean ± standard deviation), on {machine}.\n",
-        f"![Recall against GFLOPs]({file.with_suffix('.png').name})\n",
-        "| " + " | ".join(names) + " |",
-        "|---" * len(names) + "|",
-    ]
-    for entry in table:
-        cells = (_with_spread(value) for value in entry.values())
-        lines.append(
-            "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
-        )
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file.write_text(
+        "# Ablations on the demo's stories\n\n"
+        f"`python benchmarks/ablation.py`, {num_seeds} seeds (mean ± standard deviation), on {machine}.\n\n"
+        f"![Recall against GFLOPs]({file.with_suffix('.png').name})\n\n{shown}\n",
+        encoding="utf-8",
+    )
+
+
+def _kind(row: str) -> str:
+    return next((kind for kind in ("off the shelf", "joint") if row.startswith(kind)), "trained")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import av
 import torch
-from measuring import alternate, describe_machine, median_ratio, print_table, save_json
+from measuring import alternate_with_processors, describe_machine, median_ratio, print_table, save_json
 from moving_pictures import write_moving_pictures
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
@@ -100,18 +100,8 @@ def usable_decoders(path: str) -> dict[str, Callable[[str], Tensor]]:
 
 def measure(path: str, repeats: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Return seconds and seconds of processor time of each decoder."""
-    processor_seconds = {}
-
-    def timed(name: str, decode: Callable[[str], Tensor]) -> Callable[[], None]:
-        def run():
-            start = time.process_time()
-            decode(path)
-            processor_seconds.setdefault(name, []).append(time.process_time() - start)
-
-        return run
-
     decoders = usable_decoders(path)
-    return alternate({name: timed(name, decode) for name, decode in decoders.items()}, repeats), processor_seconds
+    return alternate_with_processors({name: partial(decode, path) for name, decode in decoders.items()}, repeats)
 
 
 def lend_ffmpeg_to_torchcodec():

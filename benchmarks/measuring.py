@@ -91,11 +91,15 @@ def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int:
     return peak
 
 
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows that have the same keys as a Markdown table."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(map(_cell, row.values())) + " |" for row in rows)])
+
+
 def print_table(rows: Sequence[dict[str, Any]]):
     """Print rows that have the same keys as a Markdown table."""
-    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(map(_cell, row.values())) + " |", flush=True)
+    print(markdown_table(rows), flush=True)
 
 
 def _cell(value: Any) -> str:
