@@ -6,32 +6,37 @@
 
 A row is a configuration of the video encoder. Rows "off the shelf" evaluate the weights that were trained without
 aggregation; the others are trained, with the same steps. All with divided attention share the first lesson, on clips. Each
-run is one of run_retrieval.py in a folder of its own: the command goes on where it was when it is given again, and shows
-what there is. Budgets are near 57 % of the GFLOPs without aggregation; each row says its own.
+run is one of run_retrieval.py in a folder of its own, with its log: the command goes on where it was when it is given
+again. Budgets are near 57 % of the GFLOPs without aggregation; each row says its own.
 """
 
 import argparse
 import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import describe_machine, markdown_table, peak_memory, save_json
+from measuring import alternate, describe_machine, markdown_table, peak_memory, save_json
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from transformers_testa import TestaConfig, TestaVideoModel
+from transformers_testa import TestaVideoConfig, TestaVideoModel
 from transformers_testa.flops import count_video_gflops
 
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "hub_configs" / "testa-demo"
+NUM_VIDEOS = 16
 FIGURES = {
     "R@1": "text_to_video_recall@1",
     "mean recall": "text_to_video_mean_recall",
@@ -67,8 +72,9 @@ def _merges(frames: int | list[int], patches: int | list[int], **changes: Any) -
 
 BOTH = _merges(2, 3)
 JOINT = {"attention_type": "joint_space_time"}
+UNMERGED = Row("none", "5")
 ROWS = (
-    Row("none", "5"),
+    UNMERGED,
     Row("off the shelf, pruning", "5", {**BOTH, "aggregation_strategy": "prune"}, False),
     Row("off the shelf, importance", "5", {**BOTH, "aggregation_strategy": "importance"}, False),
     Row("off the shelf, geometry", "5", BOTH, False),
@@ -97,15 +103,19 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="One training each.")
     parser.add_argument("--clip_steps", type=int, default=600, help="Steps of the first lesson, on clips.")
     parser.add_argument("--story_steps", type=int, default=550, help="Steps of the second, on stories.")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=2,
+        help="Runs at a time, of one thread each: models this small gain little by more.",
+    )
     parser.add_argument("--report", type=Path, help="Markdown file for the table and, beside it, the plot.")
     args = parser.parse_args(arguments)
 
     rows = [row for row in ROWS if row.name in args.rows]
-    runs = list(itertools.product(args.seeds, rows))
-    results = {
-        (row.name, seed): run_row(row, seed, args) for seed, row in tqdm(runs, desc="Ablation", unit="row", position=1)
-    }
-    table = [summarise(row, [results[row.name, seed] for seed in args.seeds]) for row in rows]
+    results = run_rows(rows, args)
+    speeds = milliseconds_a_video(rows)
+    table = [summarise(row, [results[row.name, seed] for seed in args.seeds], speeds[row.name]) for row in rows]
     machine = describe_machine()
     shown = markdown_table([{name: _with_spread(value) for name, value in entry.items()} for entry in table])
     print(f"\n{machine}\n{len(args.seeds)} seeds: mean ± standard deviation\n\n{shown}")
@@ -114,29 +124,68 @@ def main(arguments: list[str] | None = None):
         write_report(args.report, table, shown, machine, len(args.seeds))
 
 
-def run_row(row: Row, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """Train and evaluate what isn't there yet, and return the metrics of the test split."""
-    folder = args.output_dir / f"seed{seed}"
-    clips = folder / f"clips, {row.attention_type}"
-    test_file = ("--test_file", args.data_dir / "test.jsonl")
-    if not row.is_trained:
-        run_row(ROWS[0], seed, args)
-        return _run(
-            *(folder / row.name, "--model_name_or_path", with_changes(folder / "none", row)),
-            *("--do_predict", *test_file, "--max_words", 160, "--rerank_k", 16, "--per_device_eval_batch_size", 50),
-        )
-    start = with_changes(
-        RECIPES, Row(clips.name, "", {"attention_type": row.attention_type}), folder / "configurations"
+def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
+    """Train and evaluate what isn't there yet; return the metrics of the test split by row and seed.
+
+    First all lessons on clips, then what is trained on stories, then what is evaluated off the shelf.
+    """
+    trained = [row for row in ROWS if row.is_trained and (row in rows or (row is UNMERGED and not _all_trained(rows)))]
+    lessons = sorted({row.attention_type for row in trained})
+    stages = (
+        {(name, seed): partial(run_clips, name, seed, args) for seed in args.seeds for name in lessons},
+        {(row.name, seed): partial(run_stories, row, seed, args) for seed in args.seeds for row in trained},
+        {
+            (row.name, seed): partial(run_off_the_shelf, row, seed, args)
+            for seed in args.seeds
+            for row in rows
+            if not row.is_trained
+        },
     )
+    results = {}
+    with tqdm(total=sum(map(len, stages)), desc="Ablation", unit="run") as progress:
+        for stage in stages:
+            with ThreadPoolExecutor(args.processes) as pool:
+                runs = {pool.submit(run, max(1, args.processes // len(stage))): name for name, run in stage.items()}
+                for run in as_completed(runs):
+                    results[runs[run]] = run.result()
+                    progress.update()
+    return results
+
+
+def _all_trained(rows: list[Row]) -> bool:
+    return all(row.is_trained for row in rows)
+
+
+def run_clips(attention_type: str, seed: int, args: argparse.Namespace, threads: int):
+    """Train the first lesson, without merging."""
+    folder = args.output_dir / f"seed{seed}"
+    lesson = Row(f"clips, {attention_type}", "", {"attention_type": attention_type})
+    start = with_changes(RECIPES, lesson, folder / "configurations")
     _run(
-        *(clips, RECIPES / "recipe_clips.yaml", "--config_name", start, "--seed", seed),
+        *(threads, folder / lesson.name, RECIPES / "recipe_clips.yaml", "--config_name", start, "--seed", seed),
         *("--train_file", args.data_dir / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
         *("--eval_before_training", False, "--do_predict", False),
     )
+
+
+def run_stories(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
+    """Train the second lesson as the row merges, and return the metrics of the test split."""
+    folder = args.output_dir / f"seed{seed}"
+    start = with_changes(folder / f"clips, {row.attention_type}", row)
     return _run(
-        *(folder / row.name, RECIPES / "recipe.yaml", "--model_name_or_path", with_changes(clips, row)),
+        *(threads, folder / row.name, RECIPES / "recipe.yaml", "--model_name_or_path", start),
         *("--seed", seed, "--max_train_steps", args.story_steps, "--train_file", args.data_dir / "train.jsonl"),
-        *("--validation_file", args.data_dir / "validation.jsonl", *test_file),
+        *("--validation_file", args.data_dir / "validation.jsonl", "--test_file", args.data_dir / "test.jsonl"),
+    )
+
+
+def run_off_the_shelf(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
+    """Return the metrics of the weights that were trained without merging, merging as the row does."""
+    folder = args.output_dir / f"seed{seed}"
+    return _run(
+        *(threads, folder / row.name, "--model_name_or_path", with_changes(folder / UNMERGED.name, row)),
+        *("--do_predict", "--test_file", args.data_dir / "test.jsonl"),
+        *("--max_words", 160, "--rerank_k", 16, "--per_device_eval_batch_size", 50),
     )
 
 
@@ -155,37 +204,60 @@ def with_changes(source: Path, row: Row, parent: Path | None = None) -> Path:
     return folder
 
 
-def _run(output_dir: Path, *options: Any) -> dict[str, float]:
+def _run(threads: int, output_dir: Path, *options: Any) -> dict[str, float]:
     """Call run_retrieval.py, unless it has written its results, and return those of the test split at the end."""
     results_file = output_dir / "results.json"
     if not results_file.is_file():
-        command = [sys.executable, ROOT / "run_retrieval.py", *options, "--output_dir", output_dir]
-        subprocess.run(list(map(str, command)), check=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        command = map(str, [sys.executable, ROOT / "run_retrieval.py", *options, "--output_dir", output_dir])
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with (output_dir / "log.txt").open("ab") as log:
+            ended = subprocess.run(list(command), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        if ended.returncode:
+            raise RuntimeError(
+                f"The run in {output_dir} ended with status {ended.returncode}; log.txt there says why."
+            )
     tested = json.loads(results_file.read_text())["results"].get("test", {"": {}})
     return list(tested.values())[-1]
 
 
-def summarise(row: Row, results: list[dict[str, float]]) -> dict[str, Any]:
-    """Return a row of the table: figures of all seeds, GFLOPs, seconds and memory."""
-    config = AutoConfig.from_pretrained(RECIPES)
-    for name, value in {**_merges(0, 0), **row.changes}.items():
-        setattr(config.video_config, name, value)
+def summarise(row: Row, results: list[dict[str, float]], milliseconds: float) -> dict[str, Any]:
+    """Return a row of the table: figures of all seeds, GFLOPs, milliseconds and memory."""
+    config = _video_config(row)
     return {
         "table": row.table,
         "row": row.name,
-        "GFLOPs": count_video_gflops(config.video_config),
+        "GFLOPs": count_video_gflops(config),
         **{figure: [result[name] for result in results] for figure, name in FIGURES.items()},
-        "ms a video": [1000 * result["seconds_per_video"] for result in results],
+        "ms a video": milliseconds,
         "peak MB of 16 videos": _peak_megabytes(config),
     }
 
 
-@torch.no_grad()
-def _peak_megabytes(config: TestaConfig) -> float:
-    model = TestaVideoModel(config.video_config).eval()
-    size = config.video_config.image_size
-    videos = torch.zeros(16, config.video_config.num_frames, config.video_config.num_channels, size, size)
-    return peak_memory(lambda: model(videos)) / 2**20
+def milliseconds_a_video(rows: list[Row]) -> dict[str, float]:
+    """Return the median of each row's encoder, 16 videos at a time, all rows taking turns."""
+    encoders = {row.name: _encoder(_video_config(row)) for row in rows}
+    seconds = alternate(encoders, repeats=15)
+    return {name: 1000 * statistics.median(runs) / NUM_VIDEOS for name, runs in seconds.items()}
+
+
+def _video_config(row: Row) -> TestaVideoConfig:
+    config = AutoConfig.from_pretrained(RECIPES).video_config
+    for name, value in {**_merges(0, 0), **row.changes}.items():
+        setattr(config, name, value)
+    return config
+
+
+def _encoder(config: TestaVideoConfig) -> Callable[[], Any]:
+    """Return a function that encodes 16 videos; weights and pixels change nothing about time and memory."""
+    model = TestaVideoModel(config).eval()
+    size = config.image_size
+    videos = torch.zeros(NUM_VIDEOS, config.num_frames, config.num_channels, size, size)
+    return torch.no_grad()(partial(model, videos))
+
+
+def _peak_megabytes(config: TestaVideoConfig) -> float:
+    return peak_memory(_encoder(config)) / 2**20
 
 
 def _with_spread(value: Any) -> Any:
