@@ -147,6 +147,8 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int],
             with ThreadPoolExecutor(args.processes) as pool:
                 runs = {pool.submit(run, max(1, args.processes // len(stage))): name for name, run in stage.items()}
                 for run in as_completed(runs):
+                    if run.exception():
+                        pool.shutdown(cancel_futures=True)
                     results[runs[run]] = run.result()
                     progress.update()
     return results
@@ -176,6 +178,7 @@ def run_stories(row: Row, seed: int, args: argparse.Namespace, threads: int) -> 
         *(threads, folder / row.name, RECIPES / "recipe.yaml", "--model_name_or_path", start),
         *("--seed", seed, "--max_train_steps", args.story_steps, "--train_file", args.data_dir / "train.jsonl"),
         *("--validation_file", args.data_dir / "validation.jsonl", "--test_file", args.data_dir / "test.jsonl"),
+        *_as_options(row),
     )
 
 
@@ -186,11 +189,21 @@ def run_off_the_shelf(row: Row, seed: int, args: argparse.Namespace, threads: in
         *(threads, folder / row.name, "--model_name_or_path", with_changes(folder / UNMERGED.name, row)),
         *("--do_predict", "--test_file", args.data_dir / "test.jsonl"),
         *("--max_words", 160, "--rerank_k", 16, "--per_device_eval_batch_size", 50),
+        *_as_options(row),
     )
 
 
+def _as_options(row: Row) -> list[Any]:
+    """Merges are options of the script, and not in the folder it starts from: that has fewer frames to merge."""
+    options = []
+    for name in _merges(0, 0):
+        value = row.changes.get(name, 0)
+        options += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return options
+
+
 def with_changes(source: Path, row: Row, parent: Path | None = None) -> Path:
-    """Copy a model's folder, weights linked, with another configuration of its video encoder."""
+    """Copy a model's folder, weights linked, with the row's configuration of its video encoder, but no merges."""
     folder = (parent or source.parent / "starts") / row.name
     folder.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
@@ -199,7 +212,7 @@ def with_changes(source: Path, row: Row, parent: Path | None = None) -> Path:
         elif file.suffix == ".safetensors" and not (folder / file.name).exists():
             (folder / file.name).symlink_to(file.resolve())
     config = json.loads((source / "config.json").read_text())
-    config["video_config"] |= {**_merges(0, 0), **row.changes}
+    config["video_config"] |= {**row.changes, **_merges(0, 0)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
 

@@ -157,6 +157,16 @@ def test_a_budget_chooses_merges_for_the_frames_of_the_run_and_tells_them(tmp_pa
     assert model.get_video_features(torch.zeros(1, 12, 3, 32, 32)).last_hidden_state.shape[1] < 12 * 4
 
 
+def test_merges_are_one_number_or_one_a_block(tmp_path):
+    TestaForRetrieval(tiny_config(num_hidden_layers=3)).save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    merges = ["--merged_frames_per_layer", "1", "--merged_patches_per_layer", "2", "0", "1"]
+    (model_args,) = parse_arguments((ModelArguments,), ["--model_name_or_path", str(tmp_path), *merges])
+    model, _ = build_model(TestaForRetrieval, model_args, DataArguments(num_frames=6))
+    assert model.config.video_config.merged_frames == [1, 1, 1]
+    assert model.config.video_config.merged_patches == [2, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -43,8 +43,10 @@ class ModelArguments:
     init_from_blip: str | None = field(
         default=None, metadata={"help": "With config_name: a BLIP checkpoint (.pth, folder or Hub id) to start from."}
     )
-    merged_frames_per_layer: int | None = field(default=None, metadata={"help": "The paper's R_T; else the config's."})
-    merged_patches_per_layer: int | None = field(default=None, metadata={"help": "R_S; else the config's."})
+    merged_frames_per_layer: list[int] | None = field(
+        default=None, metadata={"help": "The paper's R_T, one number or one a block; else the config's."}
+    )
+    merged_patches_per_layer: list[int] | None = field(default=None, metadata={"help": "The same of R_S."})
     keep_ratio: float | None = field(
         default=None,
         metadata={"help": "Instead of counts: share of the GFLOPs without merging that a video may cost, say 0.5."},
@@ -56,6 +58,11 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
     def __post_init__(self):
+        merges = ("merged_frames_per_layer", "merged_patches_per_layer")
+        for name in merges:
+            match getattr(self, name):
+                case [number]:
+                    setattr(self, name, number)
         if (self.model_name_or_path is None) == (self.config_name is None):
             raise ValueError("Give either model_name_or_path (trained weights) or config_name (new weights).")
         if self.initializer_range is not None and self.config_name is None:
@@ -67,7 +74,7 @@ class ModelArguments:
             raise ValueError("init_from_blip needs config_name: the folder of the new model's configuration.")
         counts, budget = (
             [name for name in names if getattr(self, name) is not None]
-            for names in (("merged_frames_per_layer", "merged_patches_per_layer"), ("keep_ratio", "max_gflops"))
+            for names in (merges, ("keep_ratio", "max_gflops"))
         )
         if counts and budget:
             raise ValueError(f"Give either {counts[0]} or {budget[0]}, which chooses counts itself.")
