@@ -5,8 +5,10 @@ from setuptools import find_packages, setup
 
 extras = {
     "app": ["gradio>=6.31"],
+    "coverage": ["coverage>=7.13"],
     "demo": ["scikit-learn>=1.9"],
     "faiss": ["faiss-cpu>=1.12"],
+    "mutation": ["mutmut>=3.8"],
     "peft": ["peft>=0.21"],
     "notebooks": ["ipykernel", "matplotlib>=3.10", "nbclient>=0.10"],
     "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],

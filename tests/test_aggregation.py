@@ -8,6 +8,7 @@ from transformers_testa.aggregation_testa import (
     flatten_frames,
     flatten_patches,
     limit_merges,
+    mean_key,
     merge,
     plan_aggregation,
     received_attention,
@@ -112,6 +113,42 @@ def test_frames_vote_patch_by_patch(seed, num_merged):
     assert [kept[slot] for slot in slots] == [partner[n] if n in accepted else n for n in range(8)]
 
 
+@given(st.integers(0, 2**31), st.integers(0, 3), st.booleans())
+def test_the_least_attended_frames_join_the_partner_that_most_patches_vote_for(seed, num_merged, is_batch):
+    generator = torch.Generator().manual_seed(seed)
+    metric, importance = torch.randn(5, 7, 4, generator=generator), torch.rand(7, generator=generator)
+    if is_batch:
+        slots = plan_aggregation(metric[None], num_merged, "importance", importance[None], vote=True)[0].tolist()
+    else:
+        slots = plan_aggregation(metric, num_merged, "importance", importance, vote=True).tolist()
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    gone = importance.argsort()[:num_merged].tolist()
+    kept = [frame for frame in range(7) if frame not in gone]
+    for frame in gone:
+        best = [max(kept, key=lambda k, p=p: float(unit[p, frame] @ unit[p, k])) for p in range(5)]
+        assert kept[slots[frame]] == max(kept, key=best.count)
+    assert [kept[slots[frame]] for frame in kept] == kept
+
+
+def test_of_equally_good_tokens_the_first_go():
+    assert plan_aggregation(torch.ones(1, 6, 2), 2).tolist() == [[1, 1, 1, 2, 0, 3]]
+    assert plan_aggregation(None, 2, "prune", torch.ones(1, 4)).tolist() == [[-1, -1, 0, 1]]
+
+
+def test_tokens_that_are_no_numbers_go_before_any_other():
+    metric = torch.eye(6)[:, :2] + 1
+    metric[2] = torch.nan
+    assert plan_aggregation(metric, 1).tolist() == [0, 2, 2, 3, 1, 4]
+    assert plan_aggregation(None, 1, "prune", torch.tensor([0.2, 0.1, torch.nan])).tolist() == [0, 1, -1]
+
+
+def test_tokens_are_compared_by_the_mean_of_their_keys_over_heads():
+    key = torch.tensor([256.0, 1.0, 1.0], dtype=torch.bfloat16)[None, :, None, None].expand(2, 3, 5, 4)
+    mean = mean_key(key.clone().requires_grad_())
+    assert mean.dtype == torch.float32 and not mean.requires_grad
+    assert torch.equal(mean, torch.full((2, 5, 4), 86.0))  # 258 / 3; in bfloat16, 256 + 1 is 256
+
+
 @given(plans(), st.integers(0, 2**31))
 def test_merging_keeps_the_weighted_mean(plan, seed):
     metric, num_merged, _, _, _, assignment = plan
@@ -172,6 +209,15 @@ def test_frames_merge_with_all_their_patches():
     assert merged_sizes[1, 0].tolist() == [3.0] * 5
 
 
+def test_tokens_without_a_batch_merge_as_a_batch_of_one():
+    tokens, sizes, assignment = torch.randn(5, 4), torch.tensor([1.0, 2, 3, 1, 1]), torch.tensor([1, 0, 1, -1, 2])
+    merged, merged_sizes = merge(tokens, sizes, assignment, 3)
+    expected, expected_sizes = merge(tokens[None], sizes[None], assignment[None], 3)
+    assert torch.equal(merged, expected[0])
+    assert merged_sizes.tolist() == expected_sizes[0].tolist() == [2, 4, 1]
+    assert torch.equal(unmerge(merged, assignment), unmerge(merged[None], assignment[None])[0])
+
+
 def test_composed_assignments_do_both_steps():
     first = torch.tensor([0, 1, 1, -1, 2])
     second = torch.tensor([1, -1, 0])
@@ -202,3 +248,16 @@ def test_autocast_changes_no_plan():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = plan_aggregation(metric, 10)
     assert torch.equal(plan_aggregation(metric, 10), under_autocast)
+
+
+def test_autocast_changes_neither_importance_nor_merges():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 2, 3, 50, 8, generator=generator)
+    tokens, assignment = torch.randn(2, 50, 8, generator=generator), torch.arange(50).expand(2, -1) // 2
+
+    def importance_and_merges():
+        return received_attention(query, key, 0.3), *merge(tokens, torch.ones(2, 50), assignment, 25)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = importance_and_merges()
+    torch.testing.assert_close(under_autocast, importance_and_merges(), rtol=0, atol=0)

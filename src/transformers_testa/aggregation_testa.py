@@ -26,7 +26,6 @@ def limit_merges(num_merged: int, num_tokens: int, class_token_ahead: bool = Fal
     return min(num_merged, max(num_tokens + class_token_ahead - 1, 0) // 2)
 
 
-@torch.no_grad()
 def plan_aggregation(
     metric: Tensor | None,
     num_merged: int,
@@ -54,7 +53,7 @@ def plan_aggregation(
         are ordered: kept tokens of A, then B, each ascending; with "importance" all kept tokens ascending.
     """
     device = (received_attention if metric is None else metric).device
-    with maybe_autocast(device_type=device.type, enabled=False):
+    with torch.no_grad(), maybe_autocast(device_type=device.type, enabled=False):
         if strategy == "geometry":
             return _plan_geometry(F.normalize(metric.float(), dim=-1), num_merged, class_token_ahead, vote)
         gone = _is_among_largest(-received_attention.float(), num_merged)

@@ -20,7 +20,7 @@ def same_pair_targets(query_ids: Tensor, candidate_ids: Tensor) -> Tensor:
 
 def distilled_targets(targets: Tensor, teacher_logits: Tensor, weight: Tensor | float) -> Tensor:
     """Mix targets with what a teacher believes: `(1 - weight) * targets + weight * softmax(teacher_logits)`, `[Q, C]`."""
-    return torch.lerp(targets, torch.softmax(teacher_logits, dim=1), torch.as_tensor(weight).to(targets))
+    return torch.lerp(targets, torch.softmax(teacher_logits, dim=1), weight)
 
 
 def contrastive_loss(
