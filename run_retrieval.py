@@ -5,10 +5,14 @@
     python run_retrieval.py --model_name_or_path runs/2e-5 --index_folder videos --gallery_dir gallery \
         --query "first a dog runs along the beach, then it sleeps"
 
+    python run_retrieval.py --baseline clip --model_name_or_path openai/clip-vit-base-patch32 --do_predict \
+        --test_file test.jsonl --num_frames 32 --output_dir runs/clip
+
 A recipe is a YAML or JSON file of arguments; arguments on the command line override it. Training goes on from the
 newest checkpoint in output_dir, if there is one.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +33,7 @@ from transformers_testa.arguments import (
     as_recipe,
     parse_arguments,
 )
+from transformers_testa.baselines import BASELINES, Baseline, count_long_texts, load_baseline
 from transformers_testa.data.annotations import clean_caption
 from transformers_testa.data.benchmarks import write_similarity_matrix
 from transformers_testa.data.datasets import collate_training_samples
@@ -66,11 +71,23 @@ python run_retrieval.py --model_name_or_path {folder} --index_folder videos --ga
 @dataclass
 class RetrievalArguments:
     free: ClassVar[tuple[str, ...]] = (
-        *("rerank_k", "num_example_queries", "query", "top_k"),
+        *("baseline", "rerank_k", "num_example_queries", "query", "top_k"),
         *("index_folder", "gallery_dir", "gallery_dtype", "repair"),
     )
 
-    rerank_k: int = field(default=128, metadata={"help": "Candidates that the matching head reads; 0: no re-ranking."})
+    baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate another model than TESTA, as it is: model_name_or_path holds one of this kind.",
+            "choices": list(BASELINES),
+        },
+    )
+    rerank_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Candidates that the matching head reads; 0: no re-ranking. 128 if not given, where there is such a head."
+        },
+    )
     num_example_queries: int = field(default=0, metadata={"help": "Searches to show after an evaluation."})
     index_folder: str | None = field(default=None, metadata={"help": "Folder of videos to add to the gallery."})
     gallery_dir: str | None = field(default=None, metadata={"help": "Where the gallery of embedded videos is kept."})
@@ -86,6 +103,13 @@ class RetrievalArguments:
     top_k: int = field(default=10, metadata={"help": "Videos to show for a query."})
 
     def __post_init__(self):
+        can_rerank = self.baseline is None or BASELINES[self.baseline].has_matching_head
+        if self.rerank_k is None:
+            self.rerank_k = 128 if can_rerank else 0
+        if self.rerank_k and not can_rerank:
+            raise ValueError(
+                f"rerank_k is {self.rerank_k}, but {self.baseline} has no matching head; only 0 is possible."
+            )
         if (self.index_folder or self.query or self.repair) and self.gallery_dir is None:
             raise ValueError("gallery_dir is missing: the folder where the gallery of embedded videos is kept.")
 
@@ -103,12 +127,17 @@ def main(command_line: list[str]):
     accelerator = create_accelerator(args)
     set_up_logging(accelerator)
     set_seed(args.seed)
-    model, processor = build_model(TestaForRetrieval, model_args, data_args, args.gradient_checkpointing)
+    if retrieval_args.baseline:
+        model, processor = build_baseline(model_args, data_args, retrieval_args, args)
+        max_tokens = processor.longest_text(model)
+    else:
+        model, processor = build_model(TestaForRetrieval, model_args, data_args, args.gradient_checkpointing)
+        max_tokens = data_args.max_words
     model.to(accelerator.device)
     evaluator = RetrievalEvaluator(
         *(accelerator, model, processor, evaluation_tables(data_args, args), data_args, args),
         rerank_k=retrieval_args.rerank_k,
-        max_tokens=data_args.max_words,
+        max_tokens=max_tokens,
     )
 
     progress, moment = Progress(), "as loaded"
@@ -138,14 +167,51 @@ def main(command_line: list[str]):
     accelerator.end_training()
 
 
+def build_baseline(
+    model_args: ModelArguments, data_args: DataArguments, retrieval_args: RetrievalArguments, args: TrainingArguments
+) -> tuple[Baseline, TestaProcessor]:
+    """Load the model that TESTA is compared with. Raises ValueError where an argument is for TESTA alone."""
+    given = {**vars(model_args), **vars(retrieval_args), "do_train": args.do_train}
+    meant = ("model_name_or_path", "attn_implementation", "baseline", "rerank_k", "num_example_queries")
+    defaults = {
+        argument.name: argument.default for group in ARGUMENT_CLASSES for argument in dataclasses.fields(group)
+    }
+    for name, value in given.items():
+        if name not in meant and value != defaults[name]:
+            raise ValueError(
+                f"{name} is {value!r}, which is for TESTA; leave it out with baseline {retrieval_args.baseline}, which is "
+                "evaluated as it is, neither trained nor searched with."
+            )
+    return load_baseline(
+        *(retrieval_args.baseline, model_args.model_name_or_path, model_args.attn_implementation),
+        num_frames=data_args.num_frames,
+        frame_sampling=data_args.frame_sampling,
+        decoding_time_limit=data_args.decoding_time_limit,
+        decoding_memory_limit=data_args.decoding_memory_limit,
+    )
+
+
+def describe_cuts(evaluator: RetrievalEvaluator) -> dict[str, str]:
+    """Tell how many texts of each split are longer than what a baseline reads, and cut there."""
+    cuts = {}
+    for split, table in evaluator.tables.items():
+        number = count_long_texts(table["text"], evaluator.processor.tokenizer, evaluator.max_tokens)
+        cuts[f"texts cut, {split} split"] = f"{number} of {len(table)}, after {evaluator.max_tokens} tokens"
+    return cuts
+
+
 def report(evaluator: RetrievalEvaluator, progress: Progress, moment: str, arguments: tuple):
     """Print the results and some searches; write the results and, after training, the model and its card."""
     _, data_args, _, retrieval_args, args = arguments
     table = retrieval_table(progress.results)
+    reranking = f"the {retrieval_args.rerank_k} most similar candidates of a query, by similarity + match logit"
     definition = {
-        "re-ranking": f"the {retrieval_args.rerank_k} most similar candidates of a query, by similarity + match logit",
+        "re-ranking": reranking if retrieval_args.rerank_k else "none",
         **describe_run(evaluator, progress, data_args, args),
     }
+    if retrieval_args.baseline:
+        name = f"{retrieval_args.baseline}, {evaluator.model.config._name_or_path}"
+        definition = {"baseline": name, **definition, **describe_cuts(evaluator)}
     report_results(args.output_dir, table, definition, progress)
     for split, details in list(evaluator.details.items())[-1:]:
         show_examples(details, evaluator.tables[split], retrieval_args.num_example_queries)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from transformers_testa.arguments import DataArguments, TrainingArguments
+from transformers_testa.baselines import Baseline
 from transformers_testa.data.datasets import (
     collate_choices,
     collate_questions,
@@ -46,7 +47,7 @@ class Evaluator(ABC):
     def __init__(
         self,
         accelerator: Accelerator,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Baseline,
         processor: TestaProcessor,
         tables: dict[str, Dataset],
         data_args: DataArguments,

@@ -1187,6 +1187,10 @@ class TestaForRetrieval(TestaPreTrainedModel):
         input_ids = _replace_first_token(input_ids, self.config.text_config.enc_token_id)
         return self.testa.text_model.read_alone(input_ids, attention_mask)
 
+    def read_videos_before_matching(self, video_hidden_states: Tensor) -> EncoderDecoderCache:
+        """Read videos `[V, S, D]` as far as they don't depend on a text: their cross-attention keys and values."""
+        return self.testa.text_model.cache_cross_attention(video_hidden_states)
+
     def match_states(
         self, text_states: Tensor, attention_mask: Tensor | None, video_cache: EncoderDecoderCache
     ) -> Tensor:
@@ -1195,7 +1199,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
         Args:
             text_states: `[N, L, D]`, what [`read_before_matching`] returned.
             attention_mask: `[N, L]`.
-            video_cache: Of V videos, by `testa.text_model.cache_cross_attention`. N is a multiple of V, and each video
+            video_cache: Of V videos, what [`read_videos_before_matching`] returned. N is a multiple of V, and each video
                 serves N / V texts in a row.
 
         Returns:

@@ -12,10 +12,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
 from transformers_testa.arguments import DataArguments, TrainingArguments
+from transformers_testa.baselines import Baseline
 from transformers_testa.evaluation import Evaluator
 from transformers_testa.flops import count_video_gflops
 from transformers_testa.processing_testa import TestaProcessor
 from transformers_testa.training import Progress
+from transformers_testa.video_processing_testa import TestaVideoProcessor
 
 
 def set_up_logging(accelerator: Accelerator):
@@ -95,7 +97,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """Return what the figures of a run depend on, whatever its task, and the GFLOPs of a video."""
     accelerator = evaluator.accelerator
-    videos, config = evaluator.processor.video_processor, evaluator.model.config.video_config
+    videos = evaluator.processor.video_processor
     device = accelerator.device
     splits = (data_args.train_file, data_args.validation_file, data_args.test_file)
     files = [file for files in splits for file in files or ()]
@@ -115,14 +117,24 @@ def describe_run(
         "resolution": ", ".join(f"{name} {pixels}" for name, pixels in dict(videos.size).items() if pixels)
         + " pixels",
         "text": f"the first {data_args.max_words} words",
-        "merged in each block": f"frames (R_T): {config.merged_frames_per_layer}, patches of each frame (R_S): "
-        f"{config.merged_patches_per_layer}",
-        "GFLOPs per video": round(count_video_gflops(config, videos.num_frames), 2),
+        **_describe_encoder(evaluator.model, videos),
         "computed on": f"{device_name}, {accelerator.num_processes} processes, mixed precision {args.mixed_precision}",
         "seconds per video": "encoding alone, frames cached" if data_args.cache_frames else "decoding and encoding",
         "training": f"{progress.step} steps of {batch} samples, seed {args.seed}"
         if progress.step
         else "none in this run",
+    }
+
+
+def _describe_encoder(model: PreTrainedModel | Baseline, videos: TestaVideoProcessor) -> dict[str, Any]:
+    if isinstance(model, Baseline):
+        gflops = model.count_video_gflops(videos.num_frames, videos.size["height"], videos.size["width"])
+        return {"GFLOPs per video": round(gflops, 2)}
+    config = model.config.video_config
+    return {
+        "merged in each block": f"frames (R_T): {config.merged_frames_per_layer}, patches of each frame (R_S): "
+        f"{config.merged_patches_per_layer}",
+        "GFLOPs per video": round(count_video_gflops(config, videos.num_frames), 2),
     }
 
 

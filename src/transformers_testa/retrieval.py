@@ -308,6 +308,8 @@ def _text_batches(
 # Videos whose keys and values are in memory at a time have no more tokens than these in all, or are alone: 600 MB in
 # float32 for the base model.
 TOKENS_AT_ONCE = 8192
+# Texts compared with a video at a time, where each pair is read together.
+TEXTS_AT_ONCE = 4096
 
 
 class ReadTexts:
@@ -433,7 +435,7 @@ def match_scores(
 def _match_group(model: PreTrainedModel, hidden_states: Tensor, texts: ReadTexts, batches: Iterable[Tensor]) -> Tensor:
     """Logits `[V, texts]` of videos `[V, N, D]` and batches of texts `[V, n]`, by their rows in `texts`."""
     with inference(model):
-        cache = model.testa.text_model.cache_cross_attention(hidden_states.to(model.device, model.dtype))
+        cache = model.read_videos_before_matching(hidden_states.to(model.device, model.dtype))
         logits = []
         for rows in batches:
             states, mask = (tensor.to(model.device) for tensor in texts.batch(rows.flatten()))
@@ -645,7 +647,8 @@ def evaluate_retrieval(
     With several processes each embeds its own batches and matches the videos it embedded; all return the same.
 
     Args:
-        model: a `TestaForRetrieval`.
+        model: a `TestaForRetrieval`, or a [`Baseline`]. One with a method `compare` gives the similarities itself; where
+            `rerank_k` is 0 it needs no matching head.
         video_batches: dicts with `pixel_values_videos [B, T, C, H, W]` and `video_id`, B strings.
         text_batches: dicts with `input_ids [B, L]`, `attention_mask [B, L]`, `video_id`, and where there are any
             `distractor`, the id of each text's distractor video or None, and `index`, the text's number in the data
@@ -679,8 +682,7 @@ def evaluate_retrieval(
 
         video_of_text = torch.tensor([columns[text.video_id] for text in texts])
         distractors = torch.tensor([columns.get(text.distractor, -1) for text in texts])
-        with torch.autocast("cpu", enabled=False):  # the caller's autocast is for the model; rounded scores would tie
-            similarities = torch.stack([text.embedding for text in texts]) @ embeddings.T
+        similarities = _compare(model, gallery, texts, embeddings, rows, accelerator)
         if accelerator is not None:
             # All processes must select the same candidates, however their processors round.
             similarities = broadcast(similarities.to(accelerator.device)).cpu()
@@ -786,6 +788,37 @@ def _texts_with_video(texts: list[_Text], columns: dict[str, int]) -> list[_Text
     if lost:
         logger.warning(f"Distractors that aren't there are left out: {', '.join(lost)}")
     return kept
+
+
+def _compare(
+    model: PreTrainedModel,
+    gallery: Gallery,
+    texts: list[_Text],
+    embeddings: Tensor,
+    rows: Tensor,
+    accelerator: Accelerator | None,
+) -> Tensor:
+    """Similarities `[texts, videos]`: cosines, or what the model's `compare` makes of each text and each video.
+
+    With that each process compares the videos it holds.
+    """
+    text_embeddings = torch.stack([text.embedding for text in texts])
+    if not hasattr(model, "compare"):
+        with torch.autocast("cpu", enabled=False):  # the caller's autocast is for the model; rounded scores would tie
+            return text_embeddings @ embeddings.T
+    own_columns = (rows >= 0).nonzero()[:, 0]
+    own = torch.empty(len(texts), len(own_columns))
+    text_embeddings = text_embeddings.to(model.device, model.dtype)
+    with inference(model):
+        for place, column in enumerate(own_columns.tolist()):
+            states = gallery.hidden_states([rows[column]]).to(model.device, model.dtype)
+            video = embeddings[column : column + 1].to(model.device, model.dtype)
+            compared = [model.compare(some, video, states) for some in text_embeddings.split(TEXTS_AT_ONCE)]
+            own[:, place] = torch.cat(compared)[:, 0].float().cpu()
+    similarities = torch.full((len(texts), len(embeddings)), torch.nan)
+    for columns, values in _gather([(own_columns, own)], accelerator):
+        similarities[:, columns] = values
+    return similarities
 
 
 def _top_k_mask(similarities: Tensor, k: int) -> Tensor:

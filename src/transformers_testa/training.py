@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel, get_scheduler
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, get_scheduler
 
 from transformers_testa.arguments import DataArguments, ModelArguments, ObjectiveArguments, TrainingArguments
 from transformers_testa.budgets import plan_merges
@@ -63,12 +63,7 @@ def build_model(
     """
     argument = "model_name_or_path" if model_args.model_name_or_path else "config_name"
     source = getattr(model_args, argument)
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(
-            f"{argument} is {source!r}, which is no folder with a config.json, nor can it be had from the Hub: {error}"
-        ) from error
+    config = load_config(argument, source)
     if config.model_type != "testa":
         raise ValueError(f"{source} holds a `{config.model_type}` model; a `testa` model is needed.")
     stored_frames = config.video_config.num_frames
@@ -103,6 +98,20 @@ def build_model(
     _override(processor.video_processor, data_args, "num_frames", "frame_sampling")
     _override(processor.video_processor, data_args, "decoding_time_limit", "decoding_memory_limit")
     return model, processor
+
+
+def load_config(argument: str, source: str) -> PreTrainedConfig:
+    """Load the configuration of a folder or of a repository of the Hub, which `argument` named.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"{argument} is {source!r}, which is no folder with a config.json, nor can it be had from the Hub: {error}"
+        ) from error
 
 
 BLIP_ARCHITECTURES = {

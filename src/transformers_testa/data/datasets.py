@@ -390,7 +390,7 @@ def _collate_frames(samples: list[dict], processor: TestaProcessor) -> tuple[lis
 
 def _tokenize(texts: list[str], processor: TestaProcessor, max_tokens: int | None = None) -> dict:
     truncation = {"truncation": max_tokens is not None, "max_length": max_tokens}
-    encoded = processor.tokenizer(texts, padding=True, return_tensors="pt", **truncation)
+    encoded = processor.tokenizer(texts, padding=True, return_tensors="pt", return_attention_mask=True, **truncation)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
