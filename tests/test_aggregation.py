@@ -97,42 +97,41 @@ def test_importance_is_the_attention_all_others_pay():
     torch.testing.assert_close(received_attention(query, key, scaling=0.5), expected)
 
 
-@given(st.integers(0, 2**31), st.integers(1, 3))
-def test_frames_vote_patch_by_patch(seed, num_merged):
-    metric = torch.randn(5, 8, 4, generator=torch.Generator().manual_seed(seed))  # 5 patch positions, 8 frames
-    slots = plan_aggregation(metric, num_merged, vote=True).tolist()
+@given(st.integers(0, 2**31), st.integers(7, 8), st.integers(1, 3), st.booleans())
+def test_frames_vote_patch_by_patch(seed, num_frames, num_merged, class_token_ahead):
+    metric = torch.randn(5, num_frames, 4, generator=torch.Generator().manual_seed(seed))  # of 5 patch positions
+    slots = plan_aggregation(metric, num_merged, class_token_ahead=class_token_ahead, vote=True).tolist()
     unit = metric / metric.norm(dim=-1, keepdim=True)
+    set_a, set_b = range(class_token_ahead, num_frames, 2), range(1 - class_token_ahead, num_frames, 2)
     partner, score = {}, {}
-    for frame in range(0, 8, 2):
-        similarity = {(p, b): float(unit[p, frame] @ unit[p, b]) for p in range(5) for b in range(1, 8, 2)}
-        best = [max(range(1, 8, 2), key=lambda b, p=p: similarity[p, b]) for p in range(5)]
-        partner[frame] = max(range(1, 8, 2), key=best.count)
+    for frame in set_a:
+        similarity = {(p, b): float(unit[p, frame] @ unit[p, b]) for p in range(5) for b in set_b}
+        best = [max(set_b, key=lambda b, p=p: similarity[p, b]) for p in range(5)]
+        partner[frame] = max(set_b, key=best.count)
         score[frame] = min(similarity[p, best[p]] for p in range(5))
     accepted = sorted(partner, key=lambda frame: -score[frame])[:num_merged]
-    kept = [frame for frame in range(0, 8, 2) if frame not in accepted] + [1, 3, 5, 7]
-    assert [kept[slot] for slot in slots] == [partner[n] if n in accepted else n for n in range(8)]
+    kept = [frame for frame in set_a if frame not in accepted] + list(set_b)
+    assert [kept[slot] for slot in slots] == [partner[n] if n in accepted else n for n in range(num_frames)]
 
 
-@given(st.integers(0, 2**31), st.integers(0, 3), st.booleans())
-def test_the_least_attended_frames_join_the_partner_that_most_patches_vote_for(seed, num_merged, is_batch):
+@given(st.integers(0, 2**31), st.integers(0, 3))
+def test_the_least_attended_frames_join_the_partner_that_most_patches_vote_for(seed, num_merged):
     generator = torch.Generator().manual_seed(seed)
-    metric, importance = torch.randn(5, 7, 4, generator=generator), torch.rand(7, generator=generator)
-    if is_batch:
-        slots = plan_aggregation(metric[None], num_merged, "importance", importance[None], vote=True)[0].tolist()
-    else:
-        slots = plan_aggregation(metric, num_merged, "importance", importance, vote=True).tolist()
-    unit = metric / metric.norm(dim=-1, keepdim=True)
-    gone = importance.argsort()[:num_merged].tolist()
-    kept = [frame for frame in range(7) if frame not in gone]
-    for frame in gone:
-        best = [max(kept, key=lambda k, p=p: float(unit[p, frame] @ unit[p, k])) for p in range(5)]
-        assert kept[slots[frame]] == max(kept, key=best.count)
-    assert [kept[slots[frame]] for frame in kept] == kept
+    metrics, importances = torch.randn(2, 5, 7, 4, generator=generator), torch.rand(2, 7, generator=generator)
+    assignments = plan_aggregation(metrics, num_merged, "importance", importances, vote=True)
+    for metric, importance, slots in zip(metrics, importances, assignments.tolist(), strict=True):
+        unit = metric / metric.norm(dim=-1, keepdim=True)
+        gone = importance.argsort()[:num_merged].tolist()
+        kept = [frame for frame in range(7) if frame not in gone]
+        for frame in gone:
+            best = [max(kept, key=lambda k, p=p: float(unit[p, frame] @ unit[p, k])) for p in range(5)]
+            assert kept[slots[frame]] == max(kept, key=best.count)
+        assert [kept[slots[frame]] for frame in kept] == kept
 
 
 def test_of_equally_good_tokens_the_first_go():
     assert plan_aggregation(torch.ones(1, 6, 2), 2).tolist() == [[1, 1, 1, 2, 0, 3]]
-    assert plan_aggregation(None, 2, "prune", torch.ones(1, 4)).tolist() == [[-1, -1, 0, 1]]
+    assert plan_aggregation(None, 2, "prune", torch.tensor([1.0, 0.0, 1.0, 1.0])).tolist() == [-1, -1, 0, 1]
 
 
 def test_tokens_that_are_no_numbers_go_before_any_other():
@@ -199,6 +198,19 @@ def test_unmerging_gives_every_token_its_slot(plan):
     torch.testing.assert_close(unmerge(values, assignment), expected)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("vote", [False, True])
+def test_no_shape_depends_on_values_and_nothing_leaves_the_device_of_the_tokens(strategy, vote):
+    # Tensors of this device have no values, and join with none of another device.
+    metric, importance = torch.empty(2, 5, 8, 4, device="meta"), torch.empty(2, 8, device="meta")
+    assignment = plan_aggregation(metric if vote else metric[:, 0], 3, strategy, importance, vote=vote)
+    merged, sizes = merge(torch.empty(2, 8, 6, device="meta"), torch.empty(2, 8, device="meta"), assignment, 5)
+    assert (merged.shape, sizes.shape) == ((2, 5, 6), (2, 5))
+    tensors = [assignment, merged, sizes, unmerge(merged, assignment)]
+    tensors += [compose(assignment, assignment), flatten_frames(assignment, 2), flatten_patches(assignment[None], 5)]
+    assert all(tensor.is_meta for tensor in tensors)
+
+
 def test_frames_merge_with_all_their_patches():
     torch.manual_seed(0)
     videos, sizes = torch.randn(2, 6, 5, 4), torch.ones(2, 6, 5)
@@ -229,10 +241,14 @@ def test_assignments_of_frames_and_patches_become_one_of_all_tokens():
     assert flatten_patches(torch.tensor([[[1, 0, -1], [0, 1, 1]]]), 2).tolist() == [[1, 0, -1, 2, 3, 3]]
 
 
-@pytest.mark.parametrize(("num_tokens", "class_token_ahead", "limit"), [(8, False, 3), (9, True, 4), (1, False, 0)])
+@pytest.mark.parametrize(
+    ("num_tokens", "class_token_ahead", "limit"),
+    [(8, False, 3), (7, False, 3), (1, False, 0), (9, True, 4), (8, True, 4), (1, True, 0)],
+)
 def test_a_step_takes_at_most_half(num_tokens, class_token_ahead, limit):
     assert limit_merges(100, num_tokens, class_token_ahead) == limit
     assert limit_merges(0, num_tokens, class_token_ahead) == 0
+    assert class_token_ahead or limit_merges(100, num_tokens) == limit
 
 
 def test_merging_in_bfloat16_sums_in_float32():
@@ -241,6 +257,12 @@ def test_merging_in_bfloat16_sums_in_float32():
     merged, sizes = merge(tokens, torch.ones(1, 257), assignment, 1)
     assert merged.dtype == torch.bfloat16 and merged.item() == 1.0  # a bfloat16 sum stops growing at 256
     assert sizes.item() == 257
+
+
+def test_tokens_that_bfloat16_could_not_tell_apart_are_told_apart():
+    degrees = torch.tensor([0.0, 3.0, 90.0, 2.9])  # the cosines to the first differ by less than 2 ** -8
+    metric = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)
+    assert plan_aggregation(metric, 1).tolist() == [2, 1, 0, 2]
 
 
 def test_autocast_changes_no_plan():

@@ -20,10 +20,10 @@ def limit_merges(num_merged: int, num_tokens: int, class_token_ahead: bool = Fal
 
     Args:
         num_merged: Tokens wished to go.
-        num_tokens: Tokens there are, without the class token.
+        num_tokens: Tokens there are, without the class token; at least one.
         class_token_ahead: Whether a class token precedes them.
     """
-    return min(num_merged, max(num_tokens + class_token_ahead - 1, 0) // 2)
+    return min(num_merged, (num_tokens + class_token_ahead - 1) // 2)
 
 
 def plan_aggregation(
@@ -94,7 +94,7 @@ def _is_among_largest(values: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     values = values.nan_to_num(nan=torch.inf)
-    smallest = values.topk(count, dim=-1).values[..., -1:]
+    smallest = values.topk(count).values[..., -1:]
     is_larger, is_equal = values > smallest, values == smallest
     num_equal = count - is_larger.sum(dim=-1, keepdim=True)
     return is_larger | (is_equal & (is_equal.cumsum(dim=-1) <= num_equal))
@@ -147,7 +147,7 @@ def merge(hidden_states: Tensor, token_sizes: Tensor, assignment: Tensor, num_sl
         joins = (
             assignment.gather(-1, others)[..., None, :] == torch.arange(num_slots, device=assignment.device)[:, None]
         )
-        slots = joins.any(dim=-1).int().topk(min(num_slots, others.shape[-1]), dim=-1).indices
+        slots = joins.any(dim=-1).int().topk(min(num_slots, others.shape[-1])).indices
         joins = _take(joins, slots).float()  # [..., slots, others]
         other_sizes, slot_sizes = _take(token_sizes, others), _take(sizes, slots)
         new_sizes = slot_sizes + _add_up(joins, other_sizes)
@@ -161,10 +161,10 @@ def _first_of_each_slot(assignment: Tensor, num_slots: int) -> tuple[Tensor, Ten
     # Numbers that differ are sorted: ONNX has no stable sort.
     num_tokens = assignment.shape[-1]
     place = torch.arange(num_tokens, device=assignment.device)
-    order = (assignment * num_tokens + place).argsort(dim=-1)
+    order = (assignment * num_tokens + place).argsort()
     slots = assignment.gather(-1, order)
     is_first = slots != F.pad(slots[..., :-1], (1, 0), value=-1)
-    order = order.gather(-1, torch.where(is_first, place, num_tokens + place).argsort(dim=-1))
+    order = order.gather(-1, torch.where(is_first, place, num_tokens + place).argsort())
     return order[..., :num_slots], order[..., num_slots:]
 
 
