@@ -78,6 +78,7 @@ ROWS = (
     Row("off the shelf, pruning", "5", {**BOTH, "aggregation_strategy": "prune"}, False),
     Row("off the shelf, importance", "5", {**BOTH, "aggregation_strategy": "importance"}, False),
     Row("off the shelf, geometry", "5", BOTH, False),
+    Row("off the shelf, consecutive frames", "details", {**BOTH, "frame_matching": "consecutive"}, False),
     Row("trained, importance", "5", {**BOTH, "aggregation_strategy": "importance"}),
     Row("trained, frames only", "5", _merges([4, 3, 1], 0)),
     Row("trained, patches only", "5", _merges(0, 5)),
@@ -85,6 +86,7 @@ ROWS = (
     Row("joint, none", "6", JOINT),
     Row("joint, trained", "6", _merges(0, 45, **JOINT)),
     Row("trained, vote", "details", {**BOTH, "frame_matching": "vote"}),
+    Row("trained, consecutive frames", "details", {**BOTH, "frame_matching": "consecutive"}),
     Row("trained, proportional attention", "details", {**BOTH, "proportional_attention": True}),
     *(
         Row(f"off the shelf, {frames} and {patches}", "figures", _merges(frames, patches), False)

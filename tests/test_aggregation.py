@@ -11,6 +11,7 @@ from transformers_testa.aggregation_testa import (
     mean_key,
     merge,
     plan_aggregation,
+    plan_consecutive,
     received_attention,
     unmerge,
 )
@@ -148,6 +149,24 @@ def test_tokens_are_compared_by_the_mean_of_their_keys_over_heads():
     assert torch.equal(mean, torch.full((2, 5, 4), 86.0))  # 258 / 3; in bfloat16, 256 + 1 is 256
 
 
+@given(st.integers(2, 12), st.data())
+def test_consecutive_tokens_join_where_they_are_most_alike(num_tokens, data):
+    num_merged = data.draw(st.integers(0, num_tokens - 1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    metric = torch.randn(2, num_tokens, 4, generator=generator)
+    for tokens, slots in zip(metric, plan_consecutive(metric, num_merged).tolist(), strict=True):
+        unit = tokens / tokens.norm(dim=-1, keepdim=True)
+        joining = sorted(range(1, num_tokens), key=lambda n: -float(unit[n] @ unit[n - 1]))[:num_merged]
+        expected = [0]
+        for n in range(1, num_tokens):
+            expected.append(expected[-1] + (n not in joining))
+        assert slots == expected
+
+
+def test_of_equally_alike_consecutive_tokens_the_first_join():
+    assert plan_consecutive(torch.ones(5, 3), 2).tolist() == [0, 0, 0, 1, 2]
+
+
 @given(plans(), st.integers(0, 2**31))
 def test_merging_keeps_the_weighted_mean(plan, seed):
     metric, num_merged, _, _, _, assignment = plan
@@ -206,7 +225,7 @@ def test_no_shape_depends_on_values_and_nothing_leaves_the_device_of_the_tokens(
     assignment = plan_aggregation(metric if vote else metric[:, 0], 3, strategy, importance, vote=vote)
     merged, sizes = merge(torch.empty(2, 8, 6, device="meta"), torch.empty(2, 8, device="meta"), assignment, 5)
     assert (merged.shape, sizes.shape) == ((2, 5, 6), (2, 5))
-    tensors = [assignment, merged, sizes, unmerge(merged, assignment)]
+    tensors = [assignment, plan_consecutive(metric, 3), merged, sizes, unmerge(merged, assignment)]
     tensors += [compose(assignment, assignment), flatten_frames(assignment, 2), flatten_patches(assignment[None], 5)]
     assert all(tensor.is_meta for tensor in tensors)
 

@@ -19,6 +19,10 @@ from transformers_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
         ({"attention_type": "both"}, "attention_type is 'both'; allowed are 'divided_space_time'"),
         ({"aggregation_strategy": "random"}, "aggregation_strategy is 'random'"),
         ({"frame_matching": "median"}, "frame_matching is 'median'"),
+        (
+            {"frame_matching": "consecutive", "aggregation_strategy": "importance"},
+            "frame_matching is 'consecutive'; it needs aggregation_strategy='geometry', not 'importance'",
+        ),
         ({"image_size": 225}, "image_size is 225; a multiple of patch_size=16"),
         ({"hidden_size": 770}, "hidden_size is 770; a multiple of num_attention_heads=12"),
         ({"num_frames": 0}, "num_frames is 0; a positive number"),

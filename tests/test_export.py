@@ -12,6 +12,7 @@ from transformers_testa.aggregation_testa import plan_aggregation
 CASES = {
     "no aggregation": {},
     "frames and patches": {"merged_frames_per_layer": 1, "merged_patches_per_layer": 2, "frame_matching": "vote"},
+    "consecutive frames": {"merged_frames_per_layer": 1, "frame_matching": "consecutive"},
     "importance": {
         "attention_type": "joint_space_time",
         "merged_patches_per_layer": 9,

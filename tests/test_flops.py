@@ -38,3 +38,13 @@ def test_fewer_frames_and_smaller_pictures_cost_less():
     config = TestaVideoConfig()
     assert count_video_gflops(config, num_frames=16) == count_video_gflops(TestaVideoConfig(num_frames=16))
     assert count_video_gflops(config, image_size=112) == count_video_gflops(TestaVideoConfig(image_size=112))
+
+
+def test_consecutive_frames_are_compared_with_one_other_patch_by_patch():
+    def gflops(frame_matching):
+        fields = {"num_hidden_layers": 1, "num_frames": 9, "merged_frames_per_layer": 2}
+        return count_video_gflops(TestaVideoConfig(**fields, frame_matching=frame_matching))
+
+    consecutive, every_second_with_the_others = 196 * 8, 4 * 5
+    difference = (consecutive - every_second_with_the_others) * 64 / 1e9
+    assert gflops("consecutive") - gflops("mean") == pytest.approx(difference, rel=1e-6)

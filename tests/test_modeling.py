@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 from original import OriginalCase, case_names
@@ -107,10 +109,11 @@ AGGREGATIONS = [
     {"attention_type": "space_only", "merged_patches_per_layer": 1},
 ]
 STRATEGIES = ["geometry", "importance", "prune"]
+CONSECUTIVE = {"merged_frames_per_layer": 1, "merged_patches_per_layer": 1, "frame_matching": "consecutive"}
+CASES = [*product(AGGREGATIONS, STRATEGIES), (CONSECUTIVE, "geometry")]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("fields", AGGREGATIONS)
+@pytest.mark.parametrize(("fields", "strategy"), CASES)
 def test_token_map_and_sizes_account_for_every_patch(fields, strategy):
     model = trained(TestaVideoModel(tiny_video_config(**fields, aggregation_strategy=strategy)))
     output = model(example_videos())
@@ -123,6 +126,13 @@ def test_token_map_and_sizes_account_for_every_patch(fields, strategy):
             assert sizes[token] == (1 if token in class_tokens else counts[token])
         assert (counts[list(class_tokens)] == 0).all()
         assert ((token_map < 0).any()) == (strategy == "prune")
+
+
+def test_consecutive_frames_merge_into_spans_of_time():
+    model = trained(TestaVideoModel(tiny_video_config(**CONSECUTIVE | {"merged_patches_per_layer": 0})))
+    token_map = model(example_videos()).token_map
+    assert (token_map[:, 0] == 1 + torch.arange(4)).all() and (token_map[:, -1] == 5 + torch.arange(4)).all()
+    assert set((token_map[:, 1:] - token_map[:, :-1]).flatten().tolist()) == {0, 4}
 
 
 @pytest.mark.parametrize("attention_type", ["divided_space_time", "joint_space_time", "space_only"])
@@ -148,8 +158,7 @@ def test_token_map_leads_from_every_patch_to_the_token_that_saw_it(attention_typ
 
 
 @pytest.mark.parametrize("proportional", [False, True])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("fields", AGGREGATIONS)
+@pytest.mark.parametrize(("fields", "strategy"), CASES)
 def test_eager_and_sdpa_agree(fields, strategy, proportional):
     config = tiny_video_config(**fields, aggregation_strategy=strategy, proportional_attention=proportional)
     model = trained(TestaVideoModel(config))
@@ -214,7 +223,7 @@ def test_a_video_gives_the_same_tokens_alone_and_in_any_batch():
         torch.testing.assert_close(model(videos[n : n + 1]).last_hidden_state[0], together[n], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("fields", AGGREGATIONS)
+@pytest.mark.parametrize("fields", [*AGGREGATIONS, CONSECUTIVE])
 def test_the_encoder_compiles_without_a_graph_break(fields):
     model = trained(TestaVideoModel(tiny_video_config(**fields, proportional_attention=True)))
     videos = example_videos()

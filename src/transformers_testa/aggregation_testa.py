@@ -67,6 +67,27 @@ def plan_aggregation(
         return torch.where(gone, slot_of_kept.gather(-1, partner), slot_of_kept)
 
 
+@torch.no_grad()
+def plan_consecutive(metric: Tensor, num_merged: int) -> Tensor:
+    """Let each of the `num_merged` tokens that are most like the one before them join it; a run of such is one slot.
+
+    Not the paper's: frames of one scene follow each other, and their order matters. Geometry lets only every second
+    token go, to any other.
+
+    Args:
+        metric: `[..., N, D]`, what tokens are compared by (cosine).
+        num_merged: Tokens that go; less than N.
+
+    Returns:
+        `assignment [..., N]` (int64), the output slot in `[0, N - num_merged)` of each token. Tokens and slots are in
+        the same order.
+    """
+    with maybe_autocast(device_type=metric.device.type, enabled=False):
+        metric = F.normalize(metric.float(), dim=-1)
+        similarity = (metric[..., 1:, :] * metric[..., :-1, :]).sum(dim=-1)
+        return F.pad((~_is_among_largest(similarity, num_merged)).cumsum(dim=-1), (1, 0))
+
+
 def _plan_geometry(metric: Tensor, num_merged: int, class_token_ahead: bool, vote: bool) -> Tensor:
     first = int(class_token_ahead)
     set_a, set_b = metric[..., first::2, :], metric[..., 1 - first :: 2, :]

@@ -74,7 +74,8 @@ class TestaVideoConfig(_TestaBaseConfig):
         aggregation_strategy: "geometry" pairs neighbouring tokens (the paper's choice), "importance" merges the tokens
             that receive the least attention (the paper's Eq. 1), "prune" drops them.
         frame_matching: "mean" compares frames by the mean of their patches (the paper's text), "vote" lets every patch
-            position propose a partner frame (the released weights).
+            position propose a partner frame (the released weights). "consecutive" lets frames join the one before them,
+            as alike as their patches are place by place, and keeps all in order; with "geometry" only.
         proportional_attention: Whether the log of each token's size is added to its attention logits, so that a
             merged token counts as the patches it stands for.
         chunk_size_feed_forward: Tokens that go through the MLP at a time, say 4096: as fast, with two thirds of the memory
@@ -166,7 +167,12 @@ class TestaVideoConfig(_TestaBaseConfig):
         """Part of `@strict`-powered validation. Raises ValueError for fields that exclude each other."""
         self._require_one_of("attention_type", "divided_space_time", "joint_space_time", "space_only")
         self._require_one_of("aggregation_strategy", "geometry", "importance", "prune")
-        self._require_one_of("frame_matching", "mean", "vote")
+        self._require_one_of("frame_matching", "mean", "vote", "consecutive")
+        self._require(
+            self.frame_matching != "consecutive" or self.aggregation_strategy == "geometry",
+            "frame_matching",
+            f"it needs aggregation_strategy='geometry', not {self.aggregation_strategy!r}",
+        )
         self._require_positive(
             "image_size", "patch_size", "num_channels", "num_frames", "hidden_size", "num_attention_heads"
         )

@@ -43,8 +43,9 @@ def count_video_gflops(
             operations += tokens * (5 * width**2 + LAYER_NORM_COST * width)  # qkv, projection, temporal_fc
             operations += 2 * patches * frames**2 * width
             num_merged = limit_merges(merged_frames, frames)
-            opinions = patches if config.frame_matching == "vote" else 1
-            operations += _comparison(config, opinions, frames, num_merged)
+            opinions = 1 if config.frame_matching == "mean" else patches
+            is_consecutive = config.frame_matching == "consecutive"
+            operations += _comparison(config, opinions, frames, num_merged, is_consecutive)
             frames -= num_merged
         tokens = frames * patches
         operations += (tokens + class_tokens) * (3 * width**2 + LAYER_NORM_COST * width)  # qkv
@@ -59,9 +60,13 @@ def count_video_gflops(
     return operations / 1e9
 
 
-def _comparison(config: PreTrainedConfig, opinions: int, num_tokens: int, num_merged: int) -> int:
+def _comparison(
+    config: PreTrainedConfig, opinions: int, num_tokens: int, num_merged: int, is_consecutive: bool = False
+) -> int:
     """Operations of comparing tokens by their keys."""
     if num_merged == 0 or config.aggregation_strategy == "prune":
         return 0
     pairs = num_tokens**2 if config.aggregation_strategy == "importance" else (num_tokens // 2) * -(-num_tokens // 2)
+    if is_consecutive:
+        pairs = num_tokens - 1
     return opinions * pairs * (config.hidden_size // config.num_attention_heads)

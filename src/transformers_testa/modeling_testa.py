@@ -34,6 +34,7 @@ from .aggregation_testa import (
     mean_key,
     merge,
     plan_aggregation,
+    plan_consecutive,
     received_attention,
 )
 from .configuration_testa import TestaConfig, TestaTextConfig, TestaVideoConfig
@@ -363,7 +364,13 @@ class TestaTemporalBlock(nn.Module):
 
     def plan(self, query: Tensor, key: Tensor, num_patches: int, num_merged: int) -> Tensor:
         """Decide from queries and keys `[B * L, heads, T, D / heads]` which frames merge: `[B, T]`."""
-        strategy, vote = self.config.aggregation_strategy, self.config.frame_matching == "vote"
+        strategy, matching = self.config.aggregation_strategy, self.config.frame_matching
+        if matching == "consecutive":
+            # Two frames are as alike as their patches, place by place: the keys of a frame are one long vector.
+            return plan_consecutive(
+                mean_key(key).unflatten(0, (-1, num_patches)).transpose(1, 2).flatten(2), num_merged
+            )
+        vote = matching == "vote"
         metric = importance = None
         if strategy != "prune":
             metric = mean_key(key).unflatten(0, (-1, num_patches))  # [B, L, T, D/heads]
