@@ -1,6 +1,6 @@
 import os
 
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 
 # Before anything imports a Hugging Face library: no test asks the network for a model or a data set.
@@ -8,12 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # How long an example takes says more about the machine than about the code.
-settings.register_profile("any machine", deadline=None)
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 # The same few examples for every mutant, and no search for a smaller one that shows it.
 settings.register_profile(
     "mutation",
-    deadline=None,
+    settings.get_profile("any machine"),
     derandomize=True,
     database=None,
     max_examples=8,

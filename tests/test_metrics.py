@@ -58,6 +58,14 @@ def test_ndcg_is_the_discounted_gain_of_the_worst_order_over_that_of_the_best(ca
         assert found == pytest.approx(gain / ideal, abs=1e-6)
 
 
+def test_among_hundreds_of_equal_scores_relevant_candidates_come_last_too():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 3, (20, 500), generator=generator).float()
+    relevant = torch.rand(20, 500, generator=generator) < 0.2
+    assert torch.equal(ranks(scores, relevant), 1 + ((scores == 2) & ~relevant).sum(dim=1))
+    assert (ndcg(scores, relevant) == 0).all()
+
+
 @given(scored_candidates())
 def test_ranking_metrics_summarise_the_ranks(case):
     found = ranking_metrics(*case)
@@ -134,6 +142,11 @@ def test_dual_softmax_multiplies_both_softmaxes():
     assert torch.allclose(dual_softmax(scores, temperature=0.5).exp(), expected)
 
 
+def test_dual_softmax_sharpens_cosines_a_hundredfold_unless_told_otherwise():
+    scores = torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(dual_softmax(scores), dual_softmax(100 * scores, temperature=1.0))
+
+
 def test_dual_softmax_stands_beside_the_plain_scores():
     # Both texts prefer video 0; only the dual softmax sees that text 1 can't have it.
     scores = torch.tensor([[0.9, 0.1], [0.6, 0.5]])
@@ -177,7 +190,7 @@ def test_a_score_that_is_not_finite_is_named(broken):
         ({"predictions": [], "references": []}, "a row a query"),
         ({"predictions": [[0.0, 1.0]], "references": [0], "distractors": [5]}, r"distractors\[0\] is 5"),
         ({"predictions": [[0.0, 1.0]], "references": [0], "distractors": [1, 0]}, "distractors has 2 entries"),
-        ({"predictions": [[0.0, 1.0]], "references": [0], "distractors": [-1]}, "-1 only"),
+        ({"predictions": [[0.0, 1.0]], "references": [0], "distractors": [-1]}, "^distractors holds -1 only: at"),
     ],
 )
 def test_a_wrong_input_is_told_in_a_sentence(arguments, sentence):

@@ -40,9 +40,9 @@ def ndcg(scores: torch.Tensor, relevant: torch.Tensor, k: int = 10) -> torch.Ten
         `[queries]`, float32, between 0 and 1.
     """
     _check_relevant(scores, relevant)
-    # Two stable sorts: relevant candidates last, then by score, which leaves them last among equals.
-    relevant_last = relevant.byte().argsort(dim=1, stable=True)
-    by_score = scores.gather(1, relevant_last).argsort(dim=1, descending=True, stable=True)
+    # Relevant candidates last, then by score with a stable sort, which leaves them last among equals.
+    relevant_last = relevant.byte().argsort()
+    by_score = scores.gather(1, relevant_last).argsort(descending=True, stable=True)
     gains = relevant.gather(1, relevant_last).gather(1, by_score)[:, :k].float()
     discounts = torch.arange(2, 2 + gains.shape[1], device=scores.device).log2().reciprocal()
     ideal = discounts.cumsum(dim=0)[relevant.sum(dim=1).clamp(max=gains.shape[1]) - 1]
