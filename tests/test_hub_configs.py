@@ -16,7 +16,7 @@ from transformers_testa import TestaModel, TestaProcessor
 from transformers_testa.arguments import as_recipe, parse_arguments
 from transformers_testa.data.sprites import digit_kinds, shape_kinds
 from transformers_testa.data.stories import World, plan_story
-from transformers_testa.data.storytelling import ask, tell
+from transformers_testa.data.storytelling import FINDING_FORMS, NAMING_FORMS, QUESTION_FORMS, ask, tell
 from transformers_testa.flops import count_video_gflops
 
 
@@ -154,7 +154,10 @@ def test_the_demo_knows_every_word_of_its_world():
     for seed in range(200):
         rng = random.Random(seed)
         story = plan_story(world, rng)
-        texts = [tell(story, rng), *(question.question for question in ask(story, rng))]
+        asked = [
+            question for forms in (QUESTION_FORMS, FINDING_FORMS, NAMING_FORMS) for question in ask(story, rng, forms)
+        ]
+        texts = [tell(story, rng), *(text for question in asked for text in (question.question, question.answer))]
         for text in texts:
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.unk_token_id not in ids

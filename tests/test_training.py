@@ -27,6 +27,7 @@ from transformers_testa.data.annotations import load_annotations
 from transformers_testa.data.datasets import VideoTextDataset, collate_training_samples
 from transformers_testa.data.sampling import EpochBatchSampler
 from transformers_testa.flops import count_video_gflops
+from transformers_testa.muon import Float32Muon, orthogonalise
 from transformers_testa.reporting import write_model_card
 from transformers_testa.training import (
     Checkpoints,
@@ -190,6 +191,33 @@ def test_biases_norms_embeddings_and_scalars_are_not_decayed():
     assert {"video_projection.weight", "matching_head.weight"} <= decayed
     assert not any("position_embeddings" in name or "word_embeddings" in name for name in decayed)
     assert {"temperature", "video_projection.bias"} <= free
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
+def test_muon_in_float32_goes_where_that_of_pytorch_goes(shape):
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(tensor.clone()) for tensor in [torch.randn(shape)] * 2)
+    settings = {"lr": 0.02, "weight_decay": 0.3}
+    optimizers = (
+        Float32Muon([ours], **settings),
+        torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings),
+    )
+    start = ours.detach().clone()
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    # bfloat16 keeps 8 bits of a number.
+    torch.testing.assert_close(ours - start, theirs - start, rtol=0, atol=2**-6 * (theirs - start).abs().max().item())
+    assert optimizers[0].state_dict()["state"].keys() == optimizers[1].state_dict()["state"].keys()
+
+
+def test_an_orthogonal_matrix_keeps_directions_and_loses_sizes():
+    torch.manual_seed(0)
+    matrix = torch.randn(10, 40) * torch.logspace(-1, 1, 10)[:, None]
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    sizes = torch.diag(left.T @ orthogonalise(matrix, (3.4445, -4.7750, 2.0315), steps=5, eps=1e-7) @ right.T)
+    assert sizes.min() > 0.6 and sizes.max() < 1.3
 
 
 def test_muon_takes_the_matrices_and_adamw_all_else():

@@ -25,7 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, get_scheduler
 
-from transformers_testa.arguments import DataArguments, ModelArguments, ObjectiveArguments, TrainingArguments
+from transformers_testa.arguments import (
+    DataArguments,
+    ModelArguments,
+    ObjectiveArguments,
+    TrainingArguments,
+    multiplies_bf16,
+)
 from transformers_testa.budgets import plan_merges
 from transformers_testa.configuration_testa import TestaConfig, TestaVideoConfig
 from transformers_testa.conversion import from_blip
@@ -37,6 +43,7 @@ from transformers_testa.data.sampling import EpochBatchSampler, distractor_rows
 from transformers_testa.flops import count_video_gflops
 from transformers_testa.modeling_testa import resize_time
 from transformers_testa.momentum import MomentumTraining
+from transformers_testa.muon import Float32Muon
 from transformers_testa.processing_testa import TestaProcessor
 from transformers_testa.video_processing_testa import TestaVideoProcessor
 
@@ -359,10 +366,11 @@ def create_optimizers(model: nn.Module, args: TrainingArguments, fused: bool = T
     if args.optimizer == "muon":
         of_muon = [parameter for parameter in trained if id(parameter) in matrices]
         trained = [parameter for parameter in trained if id(parameter) not in matrices]
+        settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
         optimizers.append(
-            torch.optim.Muon(
-                of_muon, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw", **settings)
+            if multiplies_bf16()
+            else Float32Muon(of_muon, **settings)
         )
     groups = [
         {"params": [parameter for parameter in trained if (id(parameter) in decayed) == decays], "weight_decay": decay}

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from transformers_testa.data import sprites
 from transformers_testa.data.annotations import load_annotations
 from transformers_testa.data.demo import (
+    LESSONS,
     SCENES_PER_CLIP,
-    SCENES_PER_QUESTIONED_CLIP,
     DemoArguments,
     main,
     make_demo,
@@ -86,19 +86,22 @@ def test_clips_are_whole_scenes_with_their_own_sentences(demo):
             assert row["end"] <= video.streams.video[0].frames / SMALL["fps"]
 
 
-@pytest.mark.parametrize("name", SCENES_PER_QUESTIONED_CLIP)
-def test_clips_have_questions_of_their_own(demo, name):
-    lengths = SCENES_PER_QUESTIONED_CLIP[name]
+@pytest.mark.parametrize(("name", "lesson"), LESSONS.items())
+def test_lessons_ask_about_clips_of_whole_scenes(demo, name, lesson):
     told = {row["video"]: row["text"] for row in load_annotations(demo / "train.jsonl")}
     questions = load_annotations(demo / f"{name}.jsonl", task="question")
     clips = {row["video_id"]: row for row in questions}
-    assert len(clips) > 0.8 * 6 * len(lengths) and len(questions) > len(clips)
+    assert len(questions) >= len(clips) >= 6 * len(lesson.scenes)
     shortest, longest = SMALL["seconds_per_scene"]
+    lengths = [min(length, SMALL["max_scenes"]) for length in lesson.scenes]
     for row in clips.values():
-        num_scenes = min(lengths[int(row["video_id"].rpartition("-")[2])], SMALL["max_scenes"])
-        assert min(num_scenes, SMALL["min_scenes"]) * shortest <= row["end"] - row["start"] <= num_scenes * longest
+        seconds = row["end"] - row["start"]
+        assert min(*lengths, SMALL["min_scenes"]) * shortest <= seconds <= max(lengths) * longest
+    places = [(row["video"], row["start"], row["end"]) for row in clips.values()]
+    assert len(lesson.scenes) > 1 or len(set(places)) == len(places)
     about_color = [row for row in questions if row["question"].lower().startswith("what color is the ")]
-    assert about_color and all(row["answers"][0] in told[row["video"]] for row in about_color)
+    assert all(row["answers"][0] in told[row["video"]] for row in about_color)
+    assert about_color or name == "train_scenes_qa"
 
 
 def test_training_videos_have_many_questions_and_none_twice(demo):

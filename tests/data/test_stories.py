@@ -7,8 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformers_testa.data.sprites import digit_kinds, shape_kinds
-from transformers_testa.data.stories import NUMBERS, ObjectKind, World, plan_story, twin_of
-from transformers_testa.data.storytelling import FIRST_WORDS, LAST_WORDS, MIDDLE_WORDS, WORDS, ask, tell
+from transformers_testa.data.stories import NUMBERS, ObjectKind, Story, World, plan_story, twin_of
+from transformers_testa.data.storytelling import (
+    FINDING_FORMS,
+    FIRST_WORDS,
+    LAST_WORDS,
+    MIDDLE_WORDS,
+    NAMING_FORMS,
+    WORDS,
+    ask,
+    tell,
+)
 
 
 WORLD = World(kinds=shape_kinds() + digit_kinds("train"))
@@ -140,6 +149,10 @@ def right_answers(story, question):
         return {opposite[scenes[place(found[1])]["scene"].direction]}
     if found := match(r"On which side does the (.+) leave\?"):
         return {side[scenes[place(found[1])]["scene"].direction]}
+    if found := match(r"What is (.+)\?"):
+        return {
+            item.name for scene in story.scenes for item in scene.objects if found[1] in (item.color, scene.new_color)
+        }
     found = match(r"Which way does the (.+) move\?")
     return {scenes[place(found[1])]["scene"].direction}
 
@@ -151,8 +164,22 @@ def test_every_question_has_exactly_one_answer_in_its_story(seed, world):
     story = plan_story(world, rng)
     questions = ask(story, rng)
     assert questions
-    for question in questions:
+    for question in [*questions, *ask(story, rng, FINDING_FORMS)]:
         assert right_answers(story, question.question) == {question.answer}
+
+
+@given(seeds, worlds)
+def test_a_scene_is_called_by_all_that_is_seen_in_it(seed, world):
+    rng = random.Random(seed)
+    scene = plan_story(world, rng).scenes[0]
+    named = [question.answer for question in ask(Story((scene,)), rng, NAMING_FORMS)]
+    if scene.action == "turn":
+        assert not named
+    elif scene.count > 1:
+        (item,) = scene.objects
+        assert named == [" ".join(filter(None, (NUMBERS[scene.count], item.color, item.plural)))]
+    else:
+        assert named == [" and ".join(" ".join(filter(None, (item.color, item.name))) for item in scene.objects)]
 
 
 def test_no_constant_answer_is_right_often():

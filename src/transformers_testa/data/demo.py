@@ -23,14 +23,37 @@ from transformers import HfArgumentParser
 from .rendering import count_frames, render_scene, write_video
 from .sprites import SPLITS, cutout_kinds, digit_kinds, readable_images, shape_kinds
 from .stories import ObjectKind, Story, World, plan_story, twin_of
-from .storytelling import ask, tell
+from .storytelling import FINDING_FORMS, NAMING_FORMS, QUESTION_FORMS, QuestionForm, ask, tell
 
 
-# Each training video gives one clip of so many scenes in a row: with paragraphs, and for the two first lessons in questions.
+# Each training video gives one clip of so many scenes in a row, with a paragraph.
 SCENES_PER_CLIP = (1, 1, 2, 3)
-SCENES_PER_QUESTIONED_CLIP = {"train_scenes_qa": (1, 1, 1, 1), "train_clips_qa": (2, 3, 4, 5)}
-# How often a training video, or a clip of it, is asked one question of each form.
-ROUNDS_OF_QUESTIONS = {"train": 4, "train_scenes_qa": 1, "train_clips_qa": 2}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """How a training video is questioned.
+
+    Args:
+        scenes: Of how many scenes in a row a clip is.
+        clips: How many clips there are of each length, none twice.
+        forms: What is asked.
+        rounds: How often, of each clip.
+    """
+
+    scenes: tuple[int, ...]
+    clips: int
+    forms: tuple[QuestionForm, ...]
+    rounds: int
+
+
+# The lessons before those about whole stories. The first two are for a model that sees one frame of each scene.
+LESSONS = {
+    "train_scenes_qa": Questions(scenes=(1,), clips=6, forms=NAMING_FORMS, rounds=1),
+    "train_pairs_qa": Questions(scenes=(2,), clips=6, forms=FINDING_FORMS, rounds=2),
+    "train_clips_qa": Questions(scenes=(2, 3, 4, 5), clips=1, forms=QUESTION_FORMS, rounds=2),
+}
+ROUNDS_OF_QUESTIONS = {"train": 4, "validation": 1, "test": 1}
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -84,8 +107,9 @@ def make_demo(arguments: DemoArguments) -> int:
 
     - `{train,validation,test}.jsonl`: `video`, `video_id`, `text`, `distractor`;
     - `train_clips.jsonl`: `video`, `video_id` (of the clip), `start`, `end` (seconds), `text`;
-    - `{train,validation,test,train_clips,train_scenes}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`,
-      `answers`, `answer_weights`, `question_type`; of clips (two to five scenes) and single scenes `start` and `end` too;
+    - `{train,validation,test}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`, `answers`, `answer_weights`,
+      `question_type`; of the lessons `train_{scenes,pairs,clips}_qa.jsonl`, about one, two, and two to five scenes,
+      `start` and `end` too;
     - `videos/*.mp4`, and `demo.json` with the arguments.
 
     Returns:
@@ -106,12 +130,12 @@ def make_demo(arguments: DemoArguments) -> int:
     ]
     _write_videos(missing, arguments)
     for split in SPLITS:
-        rows, questions = _annotate(stories[split], arguments.seed, ROUNDS_OF_QUESTIONS.get(split, 1))
+        rows, questions = _annotate(stories[split], arguments.seed, ROUNDS_OF_QUESTIONS[split])
         _write_lines(output_dir / f"{split}.jsonl", rows)
         _write_lines(output_dir / f"{split}_qa.jsonl", questions)
     _write_lines(output_dir / "train_clips.jsonl", _tell_clips(stories["train"], arguments))
-    for name in SCENES_PER_QUESTIONED_CLIP:
-        _write_lines(output_dir / f"{name}.jsonl", _ask_about_clips(stories["train"], arguments, name))
+    for name, lesson in LESSONS.items():
+        _write_lines(output_dir / f"{name}.jsonl", _ask_about_clips(stories["train"], arguments, name, lesson))
     return len(missing)
 
 
@@ -216,13 +240,15 @@ def _annotate(stories: dict[str, Story], seed: int, rounds: int) -> tuple[list[d
         rng = random.Random(f"tell {seed} {video_id}")
         video = {"video": _video_file(video_id), "video_id": video_id}
         rows.append({**video, "text": tell(story, rng), "distractor": video_ids[index ^ 1]})
-        questions += _questions(video, story, rng, rounds)
+        questions += _questions(video, story, rng, QUESTION_FORMS, rounds)
     return rows, questions
 
 
-def _questions(video: dict, story: Story, rng: random.Random, rounds: int) -> list[dict]:
+def _questions(
+    video: dict, story: Story, rng: random.Random, forms: tuple[QuestionForm, ...], rounds: int
+) -> list[dict]:
     """The rows of the questions about a story, or a part of one, that `video` names."""
-    questions = {question.question: question for _ in range(rounds) for question in ask(story, rng)}
+    questions = {question.question: question for _ in range(rounds) for question in ask(story, rng, forms)}
     return [
         {
             **video,
@@ -242,28 +268,29 @@ def _tell_clips(stories: dict[str, Story], arguments: DemoArguments) -> list[dic
     for video_id, story in stories.items():
         rng = random.Random(f"clips {arguments.seed} {video_id}")
         for number, num_scenes in enumerate(SCENES_PER_CLIP):
-            clip, video = _cut_clip(video_id, story, num_scenes, f"{video_id}-clip{number}", arguments.fps, rng)
+            first = rng.randint(0, len(story.scenes) - num_scenes)
+            clip, video = _cut_clip(video_id, story, first, num_scenes, f"{video_id}-clip{number}", arguments.fps)
             rows.append({**video, "text": tell(clip, rng)})
     return rows
 
 
-def _ask_about_clips(stories: dict[str, Story], arguments: DemoArguments, name: str) -> list[dict]:
-    """The rows of questions about clips, of which `SCENES_PER_QUESTIONED_CLIP[name]` tells the lengths."""
+def _ask_about_clips(stories: dict[str, Story], arguments: DemoArguments, name: str, lesson: Questions) -> list[dict]:
+    """The rows of questions about clips."""
     questions = []
     for video_id, story in stories.items():
         rng = random.Random(f"{name} {arguments.seed} {video_id}")
-        for number, num_scenes in enumerate(SCENES_PER_QUESTIONED_CLIP[name]):
-            clip, video = _cut_clip(video_id, story, num_scenes, f"{video_id}-{number}", arguments.fps, rng)
-            questions += _questions(video, clip, rng, ROUNDS_OF_QUESTIONS[name])
+        cuts = []
+        for num_scenes in (min(length, len(story.scenes)) for length in lesson.scenes):
+            places = range(len(story.scenes) - num_scenes + 1)
+            cuts += [(first, num_scenes) for first in rng.sample(places, min(lesson.clips, len(places)))]
+        for number, cut in enumerate(cuts):
+            clip, video = _cut_clip(video_id, story, *cut, f"{video_id}-{number}", arguments.fps)
+            questions += _questions(video, clip, rng, lesson.forms, lesson.rounds)
     return questions
 
 
-def _cut_clip(
-    video_id: str, story: Story, num_scenes: int, clip_id: str, fps: int, rng: random.Random
-) -> tuple[Story, dict]:
+def _cut_clip(video_id: str, story: Story, first: int, num_scenes: int, clip_id: str, fps: int) -> tuple[Story, dict]:
     """Scenes in a row, and the columns that name their part of the video: from when the first begins to the last's end."""
-    num_scenes = min(num_scenes, len(story.scenes))
-    first = rng.randint(0, len(story.scenes) - num_scenes)
     frames = [count_frames(scene, fps) for scene in story.scenes]
     video = {
         "video": _video_file(video_id),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .stories import NUMBERS, Scene, Story, StoryObject
@@ -110,7 +110,7 @@ def tell(story: Story, rng: random.Random) -> str:
 
 def name_object(item: StoryObject, count: int = 1) -> str:
     """The phrase for an object, or so many of its kind: "a red star", "three red stars"."""
-    return _with_article(_named(item)) if count == 1 else f"{NUMBERS[count]} {_named(item, count)}"
+    return _with_article(_named(item)) if count == 1 else _counted(item, count)
 
 
 def _sentence(scene: Scene, position_words: tuple[str, ...], rng: random.Random) -> str:
@@ -168,35 +168,39 @@ def _background_phrase(scene: Scene, rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its only right answer; `question_type` is color, what, count, order or direction."""
+    """A question with its only right answer; `question_type` is color, what, count, order, direction or name."""
 
     question_type: str
     question: str
     answer: str
 
 
-def ask(story: Story, rng: random.Random) -> list[Question]:
-    """Questions about a story, at most one of each form in `QUESTION_FORMS`.
-
-    The answer is drawn before the question, so that frequent answers aren't asked for more often than rare ones.
-    """
-    questions = []
-    for question_type, form in QUESTION_FORMS:
-        candidates = [Question(question_type, *candidate) for candidate in form(story)]
-        if candidates:
-            answer = rng.choice(sorted({candidate.answer for candidate in candidates}))
-            questions.append(rng.choice([candidate for candidate in candidates if candidate.answer == answer]))
-    return questions
-
-
 def _named(item: StoryObject, count: int = 1) -> str:
     return " ".join(filter(None, (item.color, item.name if count == 1 else item.plural)))
+
+
+def _counted(item: StoryObject, count: int) -> str:
+    return _named(item) if count == 1 else f"{NUMBERS[count]} {_named(item, count)}"
 
 
 def _only(scenes: list[Scene]) -> Iterator[Scene]:
     """The scene that stands alone in its list, or nothing."""
     if len(scenes) == 1:
         yield scenes[0]
+
+
+def _what_is_shown(story: Story) -> Iterator[tuple[str, str]]:
+    for scene in story.scenes:
+        if scene.action != "turn":
+            yield "What is shown?", " and ".join(_counted(item, scene.count) for item in scene.objects)
+
+
+def _what_has_the_color(story: Story) -> Iterator[tuple[str, str]]:
+    seen = [(item.color, item.name) for scene in story.scenes for item in scene.objects]
+    colors = Counter([color for color, _ in seen] + [scene.new_color for scene in story.scenes if scene.new_color])
+    for color, name in seen:
+        if color and colors[color] == 1:
+            yield f"What is {color}?", name
 
 
 def _which_color(story: Story) -> Iterator[tuple[str, str]]:
@@ -273,7 +277,18 @@ def _which_way(story: Story) -> Iterator[tuple[str, str]]:
             yield f"Which way does the {name} move?", scene.direction
 
 
-QUESTION_FORMS = (
+# Type of a question, and the function that gives all of this form with their answers.
+QuestionForm = tuple[str, Callable[[Story], Iterator[tuple[str, str]]]]
+
+# Lessons for a model that knows no word: first what things are called,
+NAMING_FORMS: tuple[QuestionForm, ...] = (("name", _what_is_shown),)
+# then to find the one that a question is about.
+FINDING_FORMS: tuple[QuestionForm, ...] = (
+    ("color", _which_color),
+    ("what", _what_has_the_color),
+    ("count", _how_many),
+)
+QUESTION_FORMS: tuple[QuestionForm, ...] = (
     ("color", _which_color),
     ("color", _which_new_color),
     ("what", _what_does_it),
@@ -283,3 +298,17 @@ QUESTION_FORMS = (
     ("order", _does_it_come_before),
     ("direction", _which_way),
 )
+
+
+def ask(story: Story, rng: random.Random, forms: tuple[QuestionForm, ...] = QUESTION_FORMS) -> list[Question]:
+    """Questions about a story, at most one of each form.
+
+    The answer is drawn before the question, so that frequent answers aren't asked for more often than rare ones.
+    """
+    questions = []
+    for question_type, form in forms:
+        candidates = [Question(question_type, *candidate) for candidate in form(story)]
+        if candidates:
+            answer = rng.choice(sorted({candidate.answer for candidate in candidates}))
+            questions.append(rng.choice([candidate for candidate in candidates if candidate.answer == answer]))
+    return questions
