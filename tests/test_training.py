@@ -14,7 +14,7 @@ from retrieval_world import tiny_config, tiny_processor, write_stories
 from safetensors.torch import load_file
 from torch import nn
 
-from transformers_testa import TestaForRetrieval, TestaForVideoQA
+from transformers_testa import TestaForRetrieval, TestaForVideoQA, TestaVideoModel
 from transformers_testa.arguments import (
     DataArguments,
     ModelArguments,
@@ -27,6 +27,7 @@ from transformers_testa.data.annotations import load_annotations
 from transformers_testa.data.datasets import VideoTextDataset, collate_training_samples
 from transformers_testa.data.sampling import EpochBatchSampler
 from transformers_testa.flops import count_video_gflops
+from transformers_testa.initialization import imitate_trained_attention
 from transformers_testa.muon import Float32Muon, orthogonalise
 from transformers_testa.reporting import write_model_card
 from transformers_testa.training import (
@@ -158,6 +159,21 @@ def test_a_budget_chooses_merges_for_the_frames_of_the_run_and_tells_them(tmp_pa
     assert model.get_video_features(torch.zeros(1, 12, 3, 32, 32)).last_hidden_state.shape[1] < 12 * 4
 
 
+def test_attention_begins_like_that_of_trained_models():
+    torch.manual_seed(0)
+    config = tiny_config(image_size=32, patch_size=8, hidden_size=32, num_attention_heads=2)
+    model = TestaVideoModel(config.video_config)
+    imitate_trained_attention(model)
+    attention = model.layers[0].spatial.attention
+    query, key, value = attention.qkv.weight.view(3, 2, 16, 32).unbind()
+    similarities = query.mT @ key
+    assert (similarities.diagonal(dim1=1, dim2=2).mean(1) > 0.3).all()
+    assert (attention.proj.weight @ value.flatten(0, 1)).diagonal().mean() < -0.3
+    patches = model.embeddings.position_embeddings[0, 1:]
+    distances = torch.cdist(patches, patches)
+    assert distances[0, 1] < distances[0, 2] < distances[0, 3] and distances[0, 4] < distances[0, 8] < distances[0, 12]
+
+
 def test_merges_are_one_number_or_one_a_block(tmp_path):
     TestaForRetrieval(tiny_config(num_hidden_layers=3)).save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
@@ -172,10 +188,14 @@ def test_merges_are_one_number_or_one_a_block(tmp_path):
     ("settings", "message"),
     [
         ({"keep_ratio": 0.5, "merged_patches_per_layer": 3}, "either merged_patches_per_layer or keep_ratio"),
+        (
+            {"mimetic_initialization": True, "init_from_blip": "blip.pth"},
+            "it needs config_name, and no init_from_blip",
+        ),
         ({"merge_schedule": "increasing"}, "merge_schedule is 'increasing'; it needs keep_ratio or max_gflops"),
     ],
 )
-def test_a_budget_that_makes_no_sense_is_named(settings, message):
+def test_arguments_that_do_not_go_together_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         ModelArguments(config_name="folder", **settings)
 

@@ -33,6 +33,12 @@ class ModelArguments:
     initializer_range: float | None = field(
         default=None, metadata={"help": "With config_name: standard deviation of new weights; else the config's."}
     )
+    mimetic_initialization: bool = field(
+        default=False,
+        metadata={
+            "help": "With config_name: new video attention begins like that of trained models, which learns from less."
+        },
+    )
     time_embeddings: int | None = field(
         default=None,
         metadata={
@@ -70,6 +76,8 @@ class ModelArguments:
                 f"initializer_range is {self.initializer_range}, but {self.model_name_or_path} has its weights; it needs "
                 "config_name."
             )
+        if self.mimetic_initialization and (self.config_name is None or self.init_from_blip):
+            raise ValueError("mimetic_initialization is for new weights: it needs config_name, and no init_from_blip.")
         if self.init_from_blip and self.config_name is None:
             raise ValueError("init_from_blip needs config_name: the folder of the new model's configuration.")
         counts, budget = (

@@ -555,7 +555,7 @@ class TestaPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.position_embeddings, std=std)
             if hasattr(module, "time_embeddings"):
                 # As large as the patches they are added to, or the order of frames goes unnoticed for long.
-                init.copy_(module.time_embeddings, 0.5 * _sinusoids(*module.time_embeddings.shape[1:])[None])
+                init.copy_(module.time_embeddings, 0.5 * sinusoids(*module.time_embeddings.shape[1:])[None])
         elif isinstance(module, TestaTemporalBlock):
             # A new model starts as an image model that sees frame by frame.
             init.zeros_(module.temporal_fc.weight)
@@ -563,12 +563,12 @@ class TestaPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.temporal_scaling)
         elif isinstance(module, TestaTextEmbeddings):
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1])[None])
-            init.copy_(module.position_embeddings.weight, std * _sinusoids(*module.position_embeddings.weight.shape))
+            init.copy_(module.position_embeddings.weight, std * sinusoids(*module.position_embeddings.weight.shape))
         elif isinstance(module, TestaForRetrieval):
             init.constant_(module.temperature, module.config.temperature_init)
 
 
-def _sinusoids(length: int, width: int) -> Tensor:
+def sinusoids(length: int, width: int) -> Tensor:
     """Return waves `[length, width]` of mean square 1, from half a period in all to half a period a step."""
     angular_frequency = torch.pi * torch.logspace(0, 1, (width + 1) // 2, base=max(length, 2))
     angles = (torch.arange(length) + 0.5)[:, None] / length * angular_frequency

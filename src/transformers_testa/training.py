@@ -41,6 +41,7 @@ from transformers_testa.data.benchmarks import BENCHMARKS, load_benchmark, load_
 from transformers_testa.data.datasets import BrokenVideos, VideoQuestionsDataset, VideoTextDataset, cache_frames
 from transformers_testa.data.sampling import EpochBatchSampler, distractor_rows
 from transformers_testa.flops import count_video_gflops
+from transformers_testa.initialization import imitate_trained_attention
 from transformers_testa.modeling_testa import resize_time
 from transformers_testa.momentum import MomentumTraining
 from transformers_testa.muon import Float32Muon
@@ -97,6 +98,8 @@ def build_model(
         model = from_blip(model_args.init_from_blip, BLIP_ARCHITECTURES[model_class.__name__], config)
     else:
         model = model_class(config)
+        if model_args.mimetic_initialization:
+            imitate_trained_attention(model.testa.video_model)
     if model_args.attn_implementation:
         model.set_attn_implementation(model_args.attn_implementation)
     if gradient_checkpointing:

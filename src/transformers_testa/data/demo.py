@@ -49,8 +49,8 @@ class Questions:
 
 # The lessons before those about whole stories. The first two are for a model that sees one frame of each scene.
 LESSONS = {
-    "train_scenes_qa": Questions(scenes=(1,), clips=6, forms=NAMING_FORMS, rounds=1),
-    "train_pairs_qa": Questions(scenes=(2,), clips=6, forms=FINDING_FORMS, rounds=2),
+    "train_scenes_qa": Questions(scenes=(1,), clips=5, forms=NAMING_FORMS, rounds=1),
+    "train_pairs_qa": Questions(scenes=(2,), clips=4, forms=FINDING_FORMS, rounds=2),
     "train_clips_qa": Questions(scenes=(2, 3, 4, 5), clips=1, forms=QUESTION_FORMS, rounds=2),
 }
 ROUNDS_OF_QUESTIONS = {"train": 4, "validation": 1, "test": 1}
