@@ -96,7 +96,9 @@ def test_lessons_ask_about_clips_of_whole_scenes(demo, name, lesson):
     lengths = [min(length, SMALL["max_scenes"]) for length in lesson.scenes]
     for row in clips.values():
         seconds = row["end"] - row["start"]
-        assert min(*lengths, SMALL["min_scenes"]) * shortest <= seconds <= max(lengths) * longest
+        assert lesson.is_moment or min(*lengths, SMALL["min_scenes"]) * shortest <= seconds <= max(lengths) * longest
+    if lesson.is_moment:
+        assert {round(SMALL["fps"] * (row["end"] - row["start"])) for row in clips.values()} == {1}
     places = [(row["video"], row["start"], row["end"]) for row in clips.values()]
     assert len(lesson.scenes) > 1 or len(set(places)) == len(places)
     about_color = [row for row in questions if row["question"].lower().startswith("what color is the ")]

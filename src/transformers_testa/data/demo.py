@@ -39,20 +39,24 @@ class Questions:
         clips: How many clips there are of each length, none twice.
         forms: What is asked.
         rounds: How often, of each clip.
+        is_moment: Whether a clip is a single frame of its scene.
     """
 
     scenes: tuple[int, ...]
     clips: int
     forms: tuple[QuestionForm, ...]
     rounds: int
+    is_moment: bool = False
 
 
 # The lessons before those about whole stories. The first two are for a model that sees one frame of each scene.
 LESSONS = {
-    "train_scenes_qa": Questions(scenes=(1,), clips=5, forms=NAMING_FORMS, rounds=1),
-    "train_pairs_qa": Questions(scenes=(2,), clips=4, forms=FINDING_FORMS, rounds=2),
+    "train_scenes_qa": Questions(scenes=(1,), clips=9, forms=NAMING_FORMS, rounds=1, is_moment=True),
+    "train_pairs_qa": Questions(scenes=(2,), clips=8, forms=FINDING_FORMS, rounds=2),
     "train_clips_qa": Questions(scenes=(2, 3, 4, 5), clips=1, forms=QUESTION_FORMS, rounds=2),
 }
+# When things that come and go are in the picture, in shares of the scene.
+IN_PICTURE = {"enter": (0.45, 1.0), "leave": (0.0, 0.55), "move": (0.2, 0.8)}
 ROUNDS_OF_QUESTIONS = {"train": 4, "validation": 1, "test": 1}
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -285,6 +289,13 @@ def _ask_about_clips(stories: dict[str, Story], arguments: DemoArguments, name: 
             cuts += [(first, num_scenes) for first in rng.sample(places, min(lesson.clips, len(places)))]
         for number, cut in enumerate(cuts):
             clip, video = _cut_clip(video_id, story, *cut, f"{video_id}-{number}", arguments.fps)
+            if lesson.is_moment:
+                (scene,) = clip.scenes
+                moment = rng.uniform(*IN_PICTURE.get(scene.action, (0.0, 1.0))) * (
+                    count_frames(scene, arguments.fps) - 1
+                )
+                video["start"] += int(moment) / arguments.fps
+                video["end"] = video["start"] + 1 / arguments.fps
             questions += _questions(video, clip, rng, lesson.forms, lesson.rounds)
     return questions
 
