@@ -98,8 +98,10 @@ def test_importance_is_the_attention_all_others_pay():
     torch.testing.assert_close(received_attention(query, key, scaling=0.5), expected)
 
 
-@given(st.integers(0, 2**31), st.integers(7, 8), st.integers(1, 3), st.booleans())
-def test_frames_vote_patch_by_patch(seed, num_frames, num_merged, class_token_ahead):
+@pytest.mark.parametrize("num_frames", [7, 8])
+@pytest.mark.parametrize("class_token_ahead", [False, True])
+@given(seed=st.integers(0, 2**31), num_merged=st.integers(1, 3))
+def test_frames_vote_patch_by_patch(num_frames, class_token_ahead, seed, num_merged):
     metric = torch.randn(5, num_frames, 4, generator=torch.Generator().manual_seed(seed))  # of 5 patch positions
     slots = plan_aggregation(metric, num_merged, class_token_ahead=class_token_ahead, vote=True).tolist()
     unit = metric / metric.norm(dim=-1, keepdim=True)

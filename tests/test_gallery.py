@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
@@ -360,6 +361,16 @@ def test_a_gallery_of_the_first_format_is_refused_with_what_to_do(tmp_path, mode
     (tmp_path / "gallery.jsonl").write_text(json.dumps(header) + "\n")
     with pytest.raises(ValueError, match=r"has format 1, .*: index the videos again, into a new folder"):
         Gallery(tmp_path, model)
+
+
+def test_a_gallery_of_a_later_format_is_refused(two_shards, model):
+    path = two_shards / "gallery.jsonl"
+    header, *shards = path.read_text().splitlines(keepends=True)
+    header = {name: value for name, value in json.loads(header).items() if name != "crc32"} | {"format": 3}
+    header["crc32"] = zlib.crc32(json.dumps(header).encode())
+    path.write_text("".join([json.dumps(header) + "\n", *shards]))
+    with pytest.raises(ValueError, match="has format 3, this version reads 2"):
+        Gallery(two_shards, model)
 
 
 @given(

@@ -282,6 +282,19 @@ def test_legacy_uniform_is_what_numpy_made_of_a_truncated_step(total_frames, num
     np.testing.assert_array_equal(sample_frame_indices(total_frames, num_frames, "legacy_uniform"), expected)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 4), "total_frames=0 and num_frames=4 must both be at least 1"),
+        ((4, 0), "total_frames=4 and num_frames=0 must both be at least 1"),
+        ((4, 4, "uniformly"), "frame_sampling='uniformly' is unknown. Use one of uniform, "),
+    ],
+)
+def test_what_no_frames_can_be_sampled_by_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample_frame_indices(*arguments)
+
+
 def test_sampling_modes_on_known_cases():
     assert sample_frame_indices(10, 4, "uniform").tolist() == [0, 2, 5, 7]
     assert sample_frame_indices(10, 4, "middle").tolist() == [1, 3, 6, 8]
@@ -426,6 +439,9 @@ def test_playlists_do_not_open_other_files(tmp_path, video, processor):
         ({"start": 2, "end": 1}, "end=1 must be later than start=2"),
         ({"start": [0, 1]}, "start lists 2 values for 1 videos"),
         ({"start": 100}, "lasts 2.40 seconds, so no clip can start at start=100"),
+        ({"resample": PILImageResampling.HAMMING}, "resample=.* is not available for video files. Use BICUBIC"),
+        ({"decoding_time_limit": 0}, "decoding_time_limit=0 must be positive"),
+        ({"decoding_memory_limit": -1}, "decoding_memory_limit=-1 must be positive"),
     ],
 )
 def test_a_wrong_argument_is_named(video, processor, kwargs, message):

@@ -67,7 +67,6 @@ def plan_aggregation(
         return torch.where(gone, slot_of_kept.gather(-1, partner), slot_of_kept)
 
 
-@torch.no_grad()
 def plan_consecutive(metric: Tensor, num_merged: int) -> Tensor:
     """Let each of the `num_merged` tokens that are most like the one before them join it; a run of such is one slot.
 
@@ -82,7 +81,7 @@ def plan_consecutive(metric: Tensor, num_merged: int) -> Tensor:
         `assignment [..., N]` (int64), the output slot in `[0, N - num_merged)` of each token. Tokens and slots are in
         the same order.
     """
-    with maybe_autocast(device_type=metric.device.type, enabled=False):
+    with torch.no_grad(), maybe_autocast(device_type=metric.device.type, enabled=False):
         metric = F.normalize(metric.float(), dim=-1)
         similarity = (metric[..., 1:, :] * metric[..., :-1, :]).sum(dim=-1)
         return F.pad((~_is_among_largest(similarity, num_merged)).cumsum(dim=-1), (1, 0))

@@ -120,6 +120,20 @@ def test_a_broken_row_is_named_by_file_and_line(folder, rows, message):
         load_annotations(write_jsonl(folder, *rows))
 
 
+def test_blank_lines_are_no_rows(folder):
+    file = write_jsonl(folder, ROW)
+    file.write_text(f"\n{file.read_text()}  \n\n")
+    assert load_annotations(file)["video_id"] == ["a"]
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_csv])
+def test_a_file_that_is_not_encoded_as_utf8_is_named(folder, write):
+    file = write(folder, ROW)
+    file.write_bytes(file.read_bytes().replace(b"dog", "d\u00f6g".encode("latin-1")))
+    with pytest.raises(ValueError, match=rf"{file.name} is not encoded as UTF-8"):
+        load_annotations(file)
+
+
 def test_a_line_that_is_no_json_is_named(folder):
     file = write_jsonl(folder, ROW)
     file.write_text(file.read_text() + "{'video': 1}\n")
