@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 
 import av
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -19,6 +20,7 @@ from transformers_testa.data.demo import (
 )
 from transformers_testa.data.rendering import count_frames
 from transformers_testa.data.sprites import cutout_kinds, digit_kinds
+from transformers_testa.video_decoding_testa import sample_frame_indices
 
 
 SMALL = {
@@ -96,14 +98,28 @@ def test_lessons_ask_about_clips_of_whole_scenes(demo, name, lesson):
     lengths = [min(length, SMALL["max_scenes"]) for length in lesson.scenes]
     for row in clips.values():
         seconds = row["end"] - row["start"]
-        assert lesson.is_moment or min(*lengths, SMALL["min_scenes"]) * shortest <= seconds <= max(lengths) * longest
-    if lesson.is_moment:
-        assert {round(SMALL["fps"] * (row["end"] - row["start"])) for row in clips.values()} == {1}
+        assert (
+            lesson.shows_moments or min(*lengths, SMALL["min_scenes"]) * shortest <= seconds <= max(lengths) * longest
+        )
     places = [(row["video"], row["start"], row["end"]) for row in clips.values()]
     assert len(lesson.scenes) > 1 or len(set(places)) == len(places)
     about_color = [row for row in questions if row["question"].lower().startswith("what color is the ")]
     assert all(row["answers"][0] in told[row["video"]] for row in about_color)
     assert about_color or name == "train_scenes_qa"
+
+
+@pytest.mark.parametrize("name", ["train_scenes_qa", "train_pairs_qa"])
+def test_lessons_of_moments_show_every_scene_they_ask_about(demo, name):
+    stories = plan_demo(DemoArguments(str(demo), **SMALL))["train"]
+    num_frames = LESSONS[name].scenes[0]
+    for row in load_annotations(demo / f"{name}.jsonl", task="question"):
+        scenes = stories[row["video_id"].rpartition("-")[0]].scenes
+        ends = np.cumsum([count_frames(scene, SMALL["fps"]) for scene in scenes])
+        first, total = (round(SMALL["fps"] * seconds) for seconds in (row["start"], row["end"] - row["start"]))
+        shown = np.searchsorted(ends, first + sample_frame_indices(total, num_frames, "middle"), side="right")
+        assert len(set(shown)) == num_frames and max(shown) - min(shown) < num_frames
+        seen = [item for place in shown for item in scenes[place].objects]
+        assert any(item.color in (row["question"] + row["answers"][0]) for item in seen)
 
 
 def test_training_videos_have_many_questions_and_none_twice(demo):

@@ -39,20 +39,21 @@ class Questions:
         clips: How many clips there are of each length, none twice.
         forms: What is asked.
         rounds: How often, of each clip.
-        is_moment: Whether a clip is a single frame of its scene.
+        shows_moments: Whether clips (of one scene or two) are cut so that a frame from the middle of each of as many
+            equal parts shows one scene each, its object in the picture; else they are whole scenes.
     """
 
     scenes: tuple[int, ...]
     clips: int
     forms: tuple[QuestionForm, ...]
     rounds: int
-    is_moment: bool = False
+    shows_moments: bool = False
 
 
 # The lessons before those about whole stories. The first two are for a model that sees one frame of each scene.
 LESSONS = {
-    "train_scenes_qa": Questions(scenes=(1,), clips=9, forms=NAMING_FORMS, rounds=1, is_moment=True),
-    "train_pairs_qa": Questions(scenes=(2,), clips=8, forms=FINDING_FORMS, rounds=2),
+    "train_scenes_qa": Questions(scenes=(1,), clips=9, forms=NAMING_FORMS, rounds=1, shows_moments=True),
+    "train_pairs_qa": Questions(scenes=(2,), clips=8, forms=FINDING_FORMS, rounds=2, shows_moments=True),
     "train_clips_qa": Questions(scenes=(2, 3, 4, 5), clips=1, forms=QUESTION_FORMS, rounds=2),
 }
 # When things that come and go are in the picture, in shares of the scene.
@@ -289,13 +290,11 @@ def _ask_about_clips(stories: dict[str, Story], arguments: DemoArguments, name: 
             cuts += [(first, num_scenes) for first in rng.sample(places, min(lesson.clips, len(places)))]
         for number, cut in enumerate(cuts):
             clip, video = _cut_clip(video_id, story, *cut, f"{video_id}-{number}", arguments.fps)
-            if lesson.is_moment:
-                (scene,) = clip.scenes
-                moment = rng.uniform(*IN_PICTURE.get(scene.action, (0.0, 1.0))) * (
-                    count_frames(scene, arguments.fps) - 1
-                )
-                video["start"] += int(moment) / arguments.fps
-                video["end"] = video["start"] + 1 / arguments.fps
+            if lesson.shows_moments:
+                moments = _cut_moments(clip, story, cut[0], arguments.fps, rng)
+                if moments is None:
+                    continue
+                video |= moments
             questions += _questions(video, clip, rng, lesson.forms, lesson.rounds)
     return questions
 
@@ -310,6 +309,26 @@ def _cut_clip(video_id: str, story: Story, first: int, num_scenes: int, clip_id:
         "end": sum(frames[: first + num_scenes]) / fps,
     }
     return Story(story.scenes[first : first + num_scenes]), video
+
+
+def _cut_moments(clip: Story, story: Story, first: int, fps: int, rng: random.Random) -> dict | None:
+    """The columns that name a part of the video whose middle frame, or those of whose halves, show the clip's scenes.
+
+    None where chance finds none: two moments near the video's beginning or end leave no room around them.
+    """
+    frames = [count_frames(scene, fps) for scene in story.scenes]
+    for _ in range(20):
+        moments = [
+            sum(frames[: first + number])
+            + int(rng.uniform(*IN_PICTURE.get(scene.action, (0.0, 1.0))) * (count_frames(scene, fps) - 1))
+            for number, scene in enumerate(clip.scenes)
+        ]
+        # The middle of a half is a fourth of the part from its beginning, rounded down.
+        num_frames = 1 if len(moments) == 1 else 2 * (moments[1] - moments[0])
+        start = moments[0] - num_frames // 4
+        if start >= 0 and start + num_frames <= sum(frames):
+            return {"start": start / fps, "end": (start + num_frames) / fps}
+    return None
 
 
 def _write_lines(file: Path, rows: list[dict]) -> None:
