@@ -289,8 +289,9 @@ def test_tokens_that_bfloat16_could_not_tell_apart_are_told_apart():
 def test_autocast_changes_no_plan():
     metric = torch.randn(64, 50, 8, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = plan_aggregation(metric, 10)
-    assert torch.equal(plan_aggregation(metric, 10), under_autocast)
+        under_autocast = plan_aggregation(metric, 10), plan_consecutive(metric, 10)
+    assert torch.equal(plan_aggregation(metric, 10), under_autocast[0])
+    assert torch.equal(plan_consecutive(metric, 10), under_autocast[1])
 
 
 def test_autocast_changes_neither_importance_nor_merges():

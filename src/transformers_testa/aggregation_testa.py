@@ -81,7 +81,7 @@ def plan_consecutive(metric: Tensor, num_merged: int) -> Tensor:
         `assignment [..., N]` (int64), the output slot in `[0, N - num_merged)` of each token. Tokens and slots are in
         the same order.
     """
-    with torch.no_grad(), maybe_autocast(device_type=metric.device.type, enabled=False):
+    with torch.no_grad():
         metric = F.normalize(metric.float(), dim=-1)
         similarity = (metric[..., 1:, :] * metric[..., :-1, :]).sum(dim=-1)
         return F.pad((~_is_among_largest(similarity, num_merged)).cumsum(dim=-1), (1, 0))
