@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -69,7 +69,10 @@ figcaption { font-size: .85em; text-align: center }
 # --- Models, with as much merging as the page asks for -----------------------------------------------------------------
 
 
-class AdjustableModel:
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class AdjustableModel(Generic[Model]):
     """A model that is to be had at any percentage of what it costs without merging; all share their weights.
 
     Attributes:
@@ -77,14 +80,17 @@ class AdjustableModel:
         least_percent: The lowest on that scale.
     """
 
-    def __init__(self, model_class: type[PreTrainedModel], name: str):
+    def __init__(self, model_class: type[Model], name: str):
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         try:
-            self._model, report = model_class.from_pretrained(name, output_loading_info=True)
+            # With `output_loading_info` these are two.
+            loaded: Any = model_class.from_pretrained(name, output_loading_info=True)
         except OSError as error:
             raise ValueError(
                 f"{name} is no folder of a model, and no Hub repository that can be read. {error}"
             ) from error
+        self._model: Model = loaded[0]
+        report: dict[str, set[str]] = loaded[1]
         if report["missing_keys"]:
             raise ValueError(
                 f"{name} is no {model_class.__name__}: it has no weights for {min(report['missing_keys'])} and "
@@ -99,7 +105,7 @@ class AdjustableModel:
         self.own_percent = max(self.least_percent, STEP * round(100 * own_ratio / STEP))
         self.with_percent = functools.cache(self._with_percent)
 
-    def _with_percent(self, percent: int) -> PreTrainedModel:
+    def _with_percent(self, percent: int) -> Model:
         if percent == self.own_percent:
             return self._model
         return with_merges(self._model, *plan_merges(self._config, keep_ratio=percent / 100))
@@ -117,7 +123,7 @@ class AdjustableModel:
         )
 
 
-def check_length(processor: TestaProcessor, model: PreTrainedModel, text: str):
+def check_length(processor: TestaProcessor, model: PreTrainedModel, text: str) -> None:
     """Raise ValueError where a text is too long for a model, which would otherwise leave its end unread."""
     length = len(processor.tokenizer(text, truncation=False, verbose=False).input_ids)
     longest = processor.longest_text(model)
@@ -139,7 +145,12 @@ def sampled_frames(processor: TestaProcessor, video: str) -> tuple[np.ndarray, l
 class Page:
     """Answers to what is pressed on the page. What is returned goes to the page's parts; errors are ValueErrors."""
 
-    def __init__(self, retrieval: AdjustableModel, answering: AdjustableModel | None, gallery_dir: str):
+    def __init__(
+        self,
+        retrieval: AdjustableModel[TestaForRetrieval],
+        answering: AdjustableModel[TestaForVideoQA] | None,
+        gallery_dir: str,
+    ):
         self.retrieval = retrieval
         self.answering = answering
         self.gallery_dir = gallery_dir
@@ -202,9 +213,10 @@ class Page:
 
     def ask(self, video: str | None, question: str, candidates: str, percent: int) -> tuple:
         """Return a sentence, and answers with their probabilities."""
-        require_video(video)
+        video = require_video(video)
         if not question.strip():
             raise ValueError("Write a question about the video.")
+        assert self.answering is not None  # or the page has no questions
         model, processor = self.answering.with_percent(percent), self.answering.processor
         check_length(processor, model, question)
         pipeline = VideoQuestionAnsweringPipeline(model=model, processor=processor, device=model.device)
@@ -218,7 +230,7 @@ class Page:
 
     def draw_merges(self, video: str | None, percent: int) -> tuple:
         """Return a sentence and the frames of a video with the regions that became one token each."""
-        require_video(video)
+        video = require_video(video)
         model, processor = self.retrieval.with_percent(percent), self.retrieval.processor
         pixels = processor(videos=[video], return_tensors="pt")["pixel_values_videos"]
         with inference(model):
@@ -233,9 +245,10 @@ class Page:
         return notice, show_frames(draw_merged_regions(frames, token_map), captions)
 
 
-def require_video(video: str | None):
+def require_video(video: str | None) -> str:
     if not video:
         raise ValueError("There is no video to choose yet: index a folder of videos first.")
+    return video
 
 
 # --- How it looks ------------------------------------------------------------------------------------------------------
@@ -287,7 +300,7 @@ def build_page(page: Page, folder: str) -> gr.Blocks:
         percent.change(model.describe, percent, cost, show_progress="hidden", api_visibility="private")
         return percent
 
-    def connect(triggers: list[Callable], action: Callable, inputs: list, outputs: list):
+    def connect(triggers: list[Callable], action: Callable, inputs: list, outputs: list) -> None:
         gr.on(
             triggers,
             tell_errors(action, len(outputs)),
@@ -310,7 +323,9 @@ def build_page(page: Page, folder: str) -> gr.Blocks:
         index = gr.State()
         with gr.Row():
             with gr.Column():
-                folder = gr.Textbox(folder, label="Folder of videos", placeholder="/path/to/videos", elem_id="folder")
+                folder_box = gr.Textbox(
+                    folder, label="Folder of videos", placeholder="/path/to/videos", elem_id="folder"
+                )
                 index_button = gr.Button("Index the folder", variant="primary", elem_id="index")
             with gr.Column():
                 index_percent = slider(page.retrieval, "index", " when indexing")
@@ -347,7 +362,7 @@ def build_page(page: Page, folder: str) -> gr.Blocks:
                     merges = gr.HTML(elem_id="merges")
 
         index_outputs = [index_notice, index, video]
-        connect([index_button.click, folder.submit], page.index, [folder, index_percent], index_outputs)
+        connect([index_button.click, folder_box.submit], page.index, [folder_box, index_percent], index_outputs)
         connect([search_button.click], page.search, [text, index], [search_notice, results, video])
         drawing = [video, drawn_percent], [draw_notice, merges]
         connect([draw_button.click, drawn_percent.release], page.draw_merges, *drawing)
@@ -359,7 +374,7 @@ def build_page(page: Page, folder: str) -> gr.Blocks:
     return blocks
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="A page to search a folder of videos, ask about them and see merges.")
     variable = os.environ.get  # a Space sets its variables, not its command line
     parser.add_argument("--model", default=variable("TESTA_MODEL", "runs/testa-demo"), help="a TestaForRetrieval")

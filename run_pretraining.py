@@ -54,10 +54,11 @@ python run_retrieval.py --model_name_or_path {folder} --do_train --train_file tr
 
 TASK_TYPE = "text-to-video-retrieval"
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments)
+Arguments = tuple[ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments]
 
 
-def main(command_line: list[str]):
-    arguments = parse_arguments(ARGUMENT_CLASSES, command_line)
+def main(command_line: list[str]) -> None:
+    arguments: Arguments = parse_arguments(ARGUMENT_CLASSES, command_line)
     model_args, data_args, objective_args, args = arguments
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("Nothing to do: pass do_train, do_eval or do_predict.")
@@ -66,7 +67,7 @@ def main(command_line: list[str]):
     set_seed(args.seed)
     model, processor = build_model(TestaForPreTraining, model_args, data_args, args.gradient_checkpointing)
     model.to(accelerator.device)
-    evaluator = RetrievalEvaluator(
+    evaluator: RetrievalEvaluator[TestaForPreTraining] = RetrievalEvaluator(
         *(accelerator, model, processor, evaluation_tables(data_args, args), data_args, args),
         rerank_k=0,
         max_tokens=data_args.max_words,
@@ -91,23 +92,36 @@ def main(command_line: list[str]):
         moment = "after training"
     if evaluator.tables:
         evaluator(progress, moment)
-    if accelerator.is_main_process:
-        report(evaluator, progress, moment, arguments)
+    if accelerator.is_main_process and args.output_dir:
+        report(args.output_dir, evaluator, progress, moment, arguments)
     accelerator.end_training()
 
 
-def report(evaluator: RetrievalEvaluator, progress: Progress, moment: str, arguments: tuple):
+def report(
+    folder: str,
+    evaluator: RetrievalEvaluator[TestaForPreTraining],
+    progress: Progress,
+    moment: str,
+    arguments: Arguments,
+) -> None:
     """Print the losses and results; write them and, after training, the model and its card."""
     _, data_args, _, args = arguments
     tables = losses_table(progress.losses), retrieval_table(progress.results)
     table = "\n\n".join(filter(None, tables))
     definition = describe_run(evaluator, progress, data_args, args)
-    report_results(args.output_dir, table, definition, progress)
+    report_results(folder, table, definition, progress)
     if args.do_train:
         publish(
-            *(args.output_dir, evaluator.model, evaluator.processor),
-            *("Pre-trained TESTA", USAGE, table, definition, as_recipe(*arguments), "pretraining"),
-            figures_for_hub(progress.results, moment, definition["data"], TASK_TYPE, "text_to_video_recall"),
+            folder,
+            evaluator.model,
+            evaluator.processor,
+            title="Pre-trained TESTA",
+            introduction=USAGE,
+            results=table,
+            definition=definition,
+            recipe=as_recipe(*arguments),
+            tag="pretraining",
+            figures=figures_for_hub(progress.results, moment, definition["data"], TASK_TYPE, "text_to_video_recall"),
         )
 
 

@@ -102,7 +102,7 @@ class RetrievalArguments:
     query: list[str] | None = field(default=None, metadata={"help": "One or more texts to search the gallery for."})
     top_k: int = field(default=10, metadata={"help": "Videos to show for a query."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         can_rerank = self.baseline is None or BASELINES[self.baseline].has_matching_head
         if self.rerank_k is None:
             self.rerank_k = 128 if can_rerank else 0
@@ -117,31 +117,34 @@ class RetrievalArguments:
 TASK_TYPE = "text-to-video-retrieval"
 SHOWN_METRICS = ("text_to_video_recall", "distractor_accuracy")
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, ObjectiveArguments, RetrievalArguments, TrainingArguments)
+Arguments = tuple[ModelArguments, DataArguments, ObjectiveArguments, RetrievalArguments, TrainingArguments]
 
 
-def main(command_line: list[str]):
-    arguments = parse_arguments(ARGUMENT_CLASSES, command_line)
+def main(command_line: list[str]) -> None:
+    arguments: Arguments = parse_arguments(ARGUMENT_CLASSES, command_line)
     model_args, data_args, objective_args, retrieval_args, args = arguments
     if not (args.do_train or args.do_eval or args.do_predict or retrieval_args.gallery_dir):
         raise ValueError("Nothing to do: pass do_train, do_eval, do_predict, or index_folder, repair or query.")
     accelerator = create_accelerator(args)
     set_up_logging(accelerator)
     set_seed(args.seed)
+    model: TestaForRetrieval | Baseline
+    max_tokens = data_args.max_words
     if retrieval_args.baseline:
-        model, processor = build_baseline(model_args, data_args, retrieval_args, args)
-        max_tokens = processor.longest_text(model)
+        model, processor = build_baseline(retrieval_args.baseline, model_args, data_args, retrieval_args, args)
+        max_tokens = processor.longest_text(model.model)
     else:
         model, processor = build_model(TestaForRetrieval, model_args, data_args, args.gradient_checkpointing)
-        max_tokens = data_args.max_words
     model.to(accelerator.device)
-    evaluator = RetrievalEvaluator(
+    evaluator: RetrievalEvaluator[TestaForRetrieval | Baseline] = RetrievalEvaluator(
         *(accelerator, model, processor, evaluation_tables(data_args, args), data_args, args),
-        rerank_k=retrieval_args.rerank_k,
+        rerank_k=retrieval_args.rerank_k or 0,
         max_tokens=max_tokens,
     )
 
     progress, moment = Progress(), "as loaded"
     if args.do_train:
+        assert isinstance(model, TestaForRetrieval)  # `build_baseline` refuses to train, and to search
         dataset, sampler = training_set(processor, data_args, args, accelerator)
         objective = create_objective(model, objective_args, args, sampler)
         accelerator.init_trackers(
@@ -160,15 +163,22 @@ def main(command_line: list[str]):
     if evaluator.tables:
         evaluator(progress, moment)
     if accelerator.is_main_process and args.output_dir:
-        report(evaluator, progress, moment, arguments)
-    fill_gallery(accelerator, evaluator.model, processor, retrieval_args, args)
-    if accelerator.is_main_process and retrieval_args.query:
-        search(evaluator.model, processor, retrieval_args)
+        report(args.output_dir, evaluator, progress, moment, arguments)
+    if retrieval_args.gallery_dir:
+        assert isinstance(evaluator.model, TestaForRetrieval)
+        fill_gallery(retrieval_args.gallery_dir, accelerator, evaluator.model, processor, retrieval_args, args)
+        if accelerator.is_main_process and retrieval_args.query:
+            gallery = Gallery(retrieval_args.gallery_dir, evaluator.model)
+            search(VideoSearch(evaluator.model, processor, gallery), retrieval_args.query, retrieval_args)
     accelerator.end_training()
 
 
 def build_baseline(
-    model_args: ModelArguments, data_args: DataArguments, retrieval_args: RetrievalArguments, args: TrainingArguments
+    baseline: str,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    retrieval_args: RetrievalArguments,
+    args: TrainingArguments,
 ) -> tuple[Baseline, TestaProcessor]:
     """Load the model that TESTA is compared with. Raises ValueError where an argument is for TESTA alone."""
     given = {**vars(model_args), **vars(retrieval_args), "do_train": args.do_train}
@@ -179,11 +189,14 @@ def build_baseline(
     for name, value in given.items():
         if name not in meant and value != defaults[name]:
             raise ValueError(
-                f"{name} is {value!r}, which is for TESTA; leave it out with baseline {retrieval_args.baseline}, which is "
+                f"{name} is {value!r}, which is for TESTA; leave it out with baseline {baseline}, which is "
                 "evaluated as it is, neither trained nor searched with."
             )
+    assert model_args.model_name_or_path is not None  # config_name is refused above
     return load_baseline(
-        *(retrieval_args.baseline, model_args.model_name_or_path, model_args.attn_implementation),
+        baseline,
+        model_args.model_name_or_path,
+        model_args.attn_implementation,
         num_frames=data_args.num_frames,
         frame_sampling=data_args.frame_sampling,
         decoding_time_limit=data_args.decoding_time_limit,
@@ -193,6 +206,8 @@ def build_baseline(
 
 def describe_cuts(evaluator: RetrievalEvaluator) -> dict[str, str]:
     """Tell how many texts of each split are longer than what a baseline reads, and cut there."""
+    if evaluator.max_tokens is None:
+        return {}
     cuts = {}
     for split, table in evaluator.tables.items():
         number = count_long_texts(table["text"], evaluator.processor.tokenizer, evaluator.max_tokens)
@@ -200,7 +215,7 @@ def describe_cuts(evaluator: RetrievalEvaluator) -> dict[str, str]:
     return cuts
 
 
-def report(evaluator: RetrievalEvaluator, progress: Progress, moment: str, arguments: tuple):
+def report(folder: str, evaluator: RetrievalEvaluator, progress: Progress, moment: str, arguments: Arguments) -> None:
     """Print the results and some searches; write the results and, after training, the model and its card."""
     _, data_args, _, retrieval_args, args = arguments
     table = retrieval_table(progress.results)
@@ -212,21 +227,28 @@ def report(evaluator: RetrievalEvaluator, progress: Progress, moment: str, argum
     if retrieval_args.baseline:
         name = f"{retrieval_args.baseline}, {evaluator.model.config._name_or_path}"
         definition = {"baseline": name, **definition, **describe_cuts(evaluator)}
-    report_results(args.output_dir, table, definition, progress)
+    report_results(folder, table, definition, progress)
     for split, details in list(evaluator.details.items())[-1:]:
         show_examples(details, evaluator.tables[split], retrieval_args.num_example_queries)
     if "condensedmovies" in (data_args.dataset_name or ()) and "test" in evaluator.details:
-        write_challenge_file(evaluator, Path(args.output_dir, "similarities_test.zip"))
+        write_challenge_file(evaluator, Path(folder, "similarities_test.zip"))
     if args.do_train:
+        assert isinstance(evaluator.model, TestaForRetrieval)
         publish(
-            *(args.output_dir, evaluator.model, evaluator.processor),
-            *("TESTA for paragraph-to-video retrieval", USAGE, table, definition, as_recipe(*arguments)),
-            "video-retrieval",
-            figures_for_hub(progress.results, moment, definition["data"], TASK_TYPE, *SHOWN_METRICS),
+            folder,
+            evaluator.model,
+            evaluator.processor,
+            title="TESTA for paragraph-to-video retrieval",
+            introduction=USAGE,
+            results=table,
+            definition=definition,
+            recipe=as_recipe(*arguments),
+            tag="video-retrieval",
+            figures=figures_for_hub(progress.results, moment, definition["data"], TASK_TYPE, *SHOWN_METRICS),
         )
 
 
-def write_challenge_file(evaluator: RetrievalEvaluator, file: Path):
+def write_challenge_file(evaluator: RetrievalEvaluator, file: Path) -> None:
     """Write the similarities of the test split as the Condensed Movies challenge takes them, in the order of its file."""
     details, wanted = evaluator.details["test"], list(dict.fromkeys(evaluator.tables["test"]["video_id"]))
     columns = {video_id: column for column, video_id in enumerate(details.video_ids)}
@@ -236,7 +258,7 @@ def write_challenge_file(evaluator: RetrievalEvaluator, file: Path):
     write_similarity_matrix(file, details.similarities[:, [columns[video_id] for video_id in wanted]].numpy())
 
 
-def show_examples(details: RetrievalDetails, table: Dataset, num_queries: int):
+def show_examples(details: RetrievalDetails, table: Dataset, num_queries: int) -> None:
     scores = details.similarities if details.text_to_video_scores is None else details.text_to_video_scores
     for row in range(min(num_queries, len(scores))):
         example = table[details.text_indices[row]]
@@ -247,14 +269,15 @@ def show_examples(details: RetrievalDetails, table: Dataset, num_queries: int):
 
 
 def fill_gallery(
+    folder: str,
     accelerator: Accelerator,
     model: TestaForRetrieval,
     processor: TestaProcessor,
     retrieval_args: RetrievalArguments,
     args: TrainingArguments,
-):
+) -> None:
     """Repair the gallery, and add a folder of videos to it, on all processes."""
-    folder, dtype = retrieval_args.gallery_dir, Gallery.DTYPES.get(retrieval_args.gallery_dtype)
+    dtype = Gallery.DTYPES[retrieval_args.gallery_dtype] if retrieval_args.gallery_dtype else None
     if retrieval_args.repair and accelerator.is_main_process:
         with Gallery(folder, model, writable=True, dtype=dtype, damaged=True) as gallery:
             mended = repair_gallery(model, processor, gallery)
@@ -265,7 +288,11 @@ def fill_gallery(
     accelerator.wait_for_everyone()
     if retrieval_args.index_folder:
         done = index_videos_together(
-            *(model, processor, retrieval_args.index_folder, folder, accelerator),
+            model,
+            processor,
+            retrieval_args.index_folder,
+            folder,
+            accelerator,
             dtype=dtype,
             batch_size=args.per_device_eval_batch_size,
         )
@@ -274,12 +301,11 @@ def fill_gallery(
         )
 
 
-def search(model: TestaForRetrieval, processor: TestaProcessor, retrieval_args: RetrievalArguments):
+def search(video_search: VideoSearch, queries: list[str], retrieval_args: RetrievalArguments) -> None:
     """Print what is found in the gallery for each query: rank, score, path."""
-    video_search = VideoSearch(model, processor, Gallery(retrieval_args.gallery_dir, model))
-    queries = [clean_caption(query) for query in retrieval_args.query]
-    results = video_search.search(queries, retrieval_args.top_k, retrieval_args.rerank_k)
-    for query, found in zip(retrieval_args.query, results, strict=True):
+    cleaned = [clean_caption(query) for query in queries]
+    results = video_search.search(cleaned, retrieval_args.top_k, retrieval_args.rerank_k or 0)
+    for query, found in zip(queries, results, strict=True):
         print(f"\n{query}")
         for rank, result in enumerate(found, start=1):
             print(f"{rank:3}. {result.score:8.3f}  {result.id}")

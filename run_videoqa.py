@@ -80,7 +80,7 @@ class QuestionArguments:
     )
     max_answer_tokens: int = field(default=30, metadata={"help": "Tokens that an answer to learn may have."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_question_tokens is None:
             self.max_question_tokens = 50 if self.task == "choice" else 35
         numbers = ("rank_k", "num_beams", "max_new_tokens", "max_question_tokens", "max_answer_tokens")
@@ -91,10 +91,11 @@ class QuestionArguments:
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, QuestionArguments, TrainingArguments)
+Arguments = tuple[ModelArguments, DataArguments, QuestionArguments, TrainingArguments]
 
 
-def main(command_line: list[str]):
-    arguments = parse_arguments(ARGUMENT_CLASSES, command_line)
+def main(command_line: list[str]) -> None:
+    arguments: Arguments = parse_arguments(ARGUMENT_CLASSES, command_line)
     model_args, data_args, question_args, args = arguments
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("Nothing to do: pass do_train, do_eval or do_predict.")
@@ -137,8 +138,8 @@ def main(command_line: list[str]):
         moment = "after training"
     if tables:
         evaluator(progress, moment)
-    if accelerator.is_main_process:
-        report(evaluator, progress, moment, arguments)
+    if accelerator.is_main_process and args.output_dir:
+        report(args.output_dir, evaluator, progress, moment, arguments)
     accelerator.end_training()
 
 
@@ -150,7 +151,7 @@ def candidates(data_args: DataArguments, split: str, table: Dataset) -> list[str
     return answer_candidates(table)
 
 
-def report(evaluator: QuestionEvaluator, progress: Progress, moment: str, arguments: tuple):
+def report(folder: str, evaluator: QuestionEvaluator, progress: Progress, moment: str, arguments: Arguments) -> None:
     """Print the results; write them, the answers given and, after training, the model and its card."""
     _, data_args, question_args, args = arguments
     table = results_table(progress.results)
@@ -162,14 +163,22 @@ def report(evaluator: QuestionEvaluator, progress: Progress, moment: str, argume
         "answers": "one of the choices" if question_args.task == "choice" else how[question_args.answer_mode],
         **describe_run(evaluator, progress, data_args, args),
     }
-    report_results(args.output_dir, table, definition, progress)
-    evaluator.save_predictions(args.output_dir)
+    report_results(folder, table, definition, progress)
+    evaluator.save_predictions(folder)
     if args.do_train:
         publish(
-            *(args.output_dir, evaluator.model, evaluator.processor),
-            *("TESTA for video question answering", USAGE, table, definition, as_recipe(*arguments)),
-            "video-question-answering",
-            figures_for_hub(progress.results, moment, definition["data"], "visual-question-answering", "accuracy"),
+            folder,
+            evaluator.model,
+            evaluator.processor,
+            title="TESTA for video question answering",
+            introduction=USAGE,
+            results=table,
+            definition=definition,
+            recipe=as_recipe(*arguments),
+            tag="video-question-answering",
+            figures=figures_for_hub(
+                progress.results, moment, definition["data"], "visual-question-answering", "accuracy"
+            ),
         )
 
 

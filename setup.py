@@ -18,6 +18,7 @@ extras = {
 }
 extras["test"] = [
     "hypothesis>=6.100",
+    "mypy>=2.4",
     "parameterized>=0.9",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
@@ -25,6 +26,8 @@ extras["test"] = [
     "ruff>=0.17",
     "selenium>=4.51",
     "setuptools",
+    "types-PyYAML>=6.0.12",
+    "types-tqdm>=4.67",
     *extras["app"],
     *extras["demo"],
     *extras["peft"],
@@ -45,6 +48,7 @@ setup(
     keywords="video retrieval video-question-answering token-merging transformers",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"transformers_testa": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.15",

@@ -82,6 +82,21 @@ def test_pruning_compares_no_tokens():
     assert plan_aggregation(None, 2, "prune", importance).tolist() == [[0, -1, 1, -1]]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "missing"),
+    [
+        ("geometry", "metric"),
+        ("importance", "metric"),
+        ("importance", "received_attention"),
+        ("prune", "received_attention"),
+    ],
+)
+def test_a_plan_without_what_its_strategy_reads_is_refused(strategy, missing):
+    read = {"metric": torch.randn(1, 4, 2), "received_attention": torch.rand(1, 4)}
+    with pytest.raises(ValueError, match=f"{missing} is None"):
+        plan_aggregation(**{**read, missing: None}, num_merged=1, strategy=strategy)
+
+
 def test_importance_is_the_attention_all_others_pay():
     """Equation 1 of the paper, as a direct loop."""
     torch.manual_seed(0)

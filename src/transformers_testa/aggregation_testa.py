@@ -51,16 +51,20 @@ def plan_aggregation(
     Returns:
         `assignment [..., N]` (int64), the output slot in `[0, N - num_merged)` of each token, -1 where dropped. Slots
         are ordered: kept tokens of A, then B, each ascending; with "importance" all kept tokens ascending.
+
+    Raises:
+        ValueError: Where `metric` or `received_attention` is None and the strategy reads it.
     """
-    device = (received_attention if metric is None else metric).device
-    with torch.no_grad(), maybe_autocast(device_type=device.type, enabled=False):
-        if strategy == "geometry":
-            return _plan_geometry(F.normalize(metric.float(), dim=-1), num_merged, class_token_ahead, vote)
-        gone = _is_among_largest(-received_attention.float(), num_merged)
+    is_geometry = strategy == "geometry"
+    read = _given(metric, "metric") if is_geometry else _given(received_attention, "received_attention")
+    with torch.no_grad(), maybe_autocast(device_type=read.device.type, enabled=False):
+        if is_geometry:
+            return _plan_geometry(F.normalize(read.float(), dim=-1), num_merged, class_token_ahead, vote)
+        gone = _is_among_largest(-read.float(), num_merged)
         slot_of_kept = (~gone).cumsum(-1) - 1
         if strategy == "prune":
             return torch.where(gone, -1, slot_of_kept)
-        metric = F.normalize(metric.float(), dim=-1)
+        metric = F.normalize(_given(metric, "metric").float(), dim=-1)
         unavailable = gone[..., None, None, :] if vote else gone[..., None, :]
         similarity = (metric @ metric.transpose(-1, -2)).masked_fill(unavailable, -torch.inf)
         _, partner = _best_partner(similarity, vote)
@@ -85,6 +89,12 @@ def plan_consecutive(metric: Tensor, num_merged: int) -> Tensor:
         metric = F.normalize(metric.float(), dim=-1)
         similarity = (metric[..., 1:, :] * metric[..., :-1, :]).sum(dim=-1)
         return F.pad((~_is_among_largest(similarity, num_merged)).cumsum(dim=-1), (1, 0))
+
+
+def _given(tensor: Tensor | None, name: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"{name} is None, and this strategy reads it.")
+    return tensor
 
 
 def _plan_geometry(metric: Tensor, num_merged: int, class_token_ahead: bool, vote: bool) -> Tensor:

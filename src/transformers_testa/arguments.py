@@ -63,7 +63,7 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         merges = ("merged_frames_per_layer", "merged_patches_per_layer")
         for name in merges:
             match getattr(self, name):
@@ -151,7 +151,7 @@ class DataArguments:
         default=False, metadata={"help": "Train on a video and the distractor that its row names in the same batch."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names, folders = self.dataset_name or [], self.data_dir or []
         benchmarks = [name for name in names if name in BENCHMARKS]
         if len(folders) != len(benchmarks):
@@ -187,7 +187,7 @@ class ObjectiveArguments:
         default=1.0, metadata={"help": "Epochs over which that weight rises linearly from 0."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("momentum", "distillation_weight"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -258,8 +258,8 @@ class TrainingArguments:
         default=None, metadata={"help": "Steps between checkpoints; an epoch if not given."}
     )
     logging_steps: int = field(default=10, metadata={"help": "Steps between reports of the loss."})
-    num_workers: int | None = field(
-        default=None,
+    num_workers: int = field(
+        default_factory=lambda: min(8, available_threads() - 1) if torch.cuda.is_available() else 0,
         metadata={
             "help": "Processes that decode the next batches; if not given, 0 on a CPU, which is busy with the model, and "
             "beside a GPU one for each other core, up to 8."
@@ -267,14 +267,12 @@ class TrainingArguments:
     )
     report_to: str = field(default="none", metadata={"help": "A tracker of Accelerate, such as tensorboard, or none."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         lowest = {"warmup_steps": 0, "num_workers": 0}
         for argument in dataclasses.fields(self):
             value, least = getattr(self, argument.name), lowest.get(argument.name, 1)
             if argument.type in (int, int | None) and argument.name != "seed" and value is not None and value < least:
                 raise ValueError(f"{argument.name} is {value}; at least {least} is needed.")
-        if self.num_workers is None:
-            self.num_workers = min(8, available_threads() - 1) if torch.cuda.is_available() else 0
         if self.mixed_precision == "auto":
             self.mixed_precision = "bf16" if multiplies_bf16() else "no"
         if (self.do_train or self.do_eval or self.do_predict) and self.output_dir is None:
@@ -317,7 +315,7 @@ def parse_arguments(argument_classes: tuple[type, ...], arguments: list[str]) ->
             raise ValueError(f"The command line has {option} {count} times; give all its values after one {option}.")
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
         arguments = [*_recipe_as_arguments(Path(arguments[0]), argument_classes), *arguments[1:]]
-    parser = HfArgumentParser(argument_classes, allow_abbrev=False)
+    parser = HfArgumentParser(argument_classes, allow_abbrev=False)  # type: ignore[arg-type]  # it means dataclasses
     *parsed, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )

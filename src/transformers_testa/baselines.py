@@ -6,7 +6,7 @@ and texts are tokenized, by the baseline's own processor.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -60,9 +60,15 @@ class Baseline(nn.Module, ABC):
     model_class: ClassVar[Any] = AutoModel
     has_matching_head: ClassVar[bool] = False
 
+    # Only some have these methods.
+    read_before_matching: Callable[[Tensor, Tensor], Tensor]
+    read_videos_before_matching: Callable[[Tensor], Any]
+    match_states: Callable[[Tensor, Tensor, Any], Tensor]
+    compare: Callable[[Tensor, Tensor, Tensor], Tensor]
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
-        self.model = model
+        self.model: Any = model  # of classes that have no interface in common
         self.tokenizer = tokenizer
 
     @property
@@ -206,7 +212,7 @@ class FrameConcatenatedBlip(Baseline):
                     attention_mask=mask[rows],
                     # What the layers take their keys and values from is in the cache; that there is something tells
                     # them to attend to it.
-                    encoder_hidden_states=cache.layers[0].keys,
+                    encoder_hidden_states=cache.layers[0].keys,  # type: ignore[union-attr]
                     cache=EncoderDecoderCache(DynamicCache(), cache),
                 )
                 logits.append(self.model.itm_head(output.last_hidden_state[:, 0]))
@@ -305,11 +311,11 @@ class BaselineVideoProcessor(TestaVideoProcessor):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "transform": self.transform.to_dict()}
 
-    def _read(self, source: VideoSource, selection: FrameSelection, threads: int, kwargs: dict) -> tuple:
+    def _read(self, source: VideoSource, selection: FrameSelection, threads: int, kwargs: Mapping[str, Any]) -> tuple:
         # Frames leave the decoder as large as they are: the baseline's processor resizes them.
         return super()._read(source, selection, threads, {**kwargs, "do_resize": False})
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]  # it reads fewer arguments
         self,
         videos: list[Tensor],
         do_resize: bool,
@@ -325,7 +331,9 @@ class BaselineVideoProcessor(TestaVideoProcessor):
         """Pixels `[T, C, H, W]` of frames, after those steps of the transform that are asked for."""
         asked = {"do_resize": do_resize, "do_center_crop": do_resize}
         asked |= {"do_rescale": do_rescale, "do_normalize": do_normalize}
-        steps = {name: step and bool(getattr(self.transform, name, False)) for name, step in asked.items()}
+        steps: dict[str, Any] = {
+            name: step and bool(getattr(self.transform, name, False)) for name, step in asked.items()
+        }
         (pixel_values,) = self.transform(
             list(frames.numpy()), input_data_format=ChannelDimension.FIRST, return_tensors="pt", **steps
         ).values()

@@ -2,11 +2,14 @@
 
 import math
 from bisect import bisect_left
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from .aggregation_testa import limit_merges
 from .flops import count_video_gflops
+
+
+if TYPE_CHECKING:
+    from .configuration_testa import TestaVideoConfig
 
 
 MERGE_SCHEDULES = ("constant", "decreasing", "increasing")
@@ -18,7 +21,7 @@ _TIME_SHARE_AT_32_FRAMES, _TIME_SHARE_AT_96_FRAMES, _LEAST_TIME_SHARE = 0.261, 0
 
 
 def plan_merges(
-    config: PreTrainedConfig,
+    config: "TestaVideoConfig",
     keep_ratio: float | None = None,
     max_gflops: float | None = None,
     merge_schedule: str = "constant",
@@ -65,11 +68,10 @@ def plan_merges(
         )
 
     unmerged, least = gflops_at(0, 0), gflops_at(most_frames, most_patches)
-    budget = max_gflops if keep_ratio is None else keep_ratio * unmerged
+    budget, possible, asked = math.inf if max_gflops is None else max_gflops, least, f"max_gflops is {max_gflops}"
+    if keep_ratio is not None:
+        budget, possible, asked = keep_ratio * unmerged, least / unmerged, f"keep_ratio is {keep_ratio}"
     if budget < least * (1 - 1e-9):
-        asked, possible = f"max_gflops is {max_gflops}", least
-        if keep_ratio is not None:
-            asked, possible = f"keep_ratio is {keep_ratio}", least / unmerged
         raise ValueError(
             f"{asked}; {config.num_frames} frames of {config.num_patches} patches in {blocks} blocks allow no less than "
             f"{possible:.4g} with merge_schedule={merge_schedule!r}."
@@ -93,32 +95,29 @@ def plan_merges(
     return max(plans, key=lambda merges: count_video_gflops(config, merges=merges))
 
 
-def least_keep_ratio(config: PreTrainedConfig, merge_schedule: str = "constant") -> float:
+def least_keep_ratio(config: "TestaVideoConfig", merge_schedule: str = "constant") -> float:
     """Return the smallest `keep_ratio` that [`plan_merges`] can meet."""
-    least, unmerged = (
-        count_video_gflops(
-            config, merges=tuple(_spread(level, config.num_hidden_layers, merge_schedule) for level in levels)
-        )
-        for levels in (_highest_levels(config, merge_schedule), (0, 0))
-    )
-    return least / unmerged
+    blocks = config.num_hidden_layers
+    frames, patches = (_spread(level, blocks, merge_schedule) for level in _highest_levels(config, merge_schedule))
+    unmerged = count_video_gflops(config, merges=([0] * blocks, [0] * blocks))
+    return count_video_gflops(config, merges=(frames, patches)) / unmerged
 
 
-def _groups(config: PreTrainedConfig) -> tuple[int, int]:
+def _groups(config: "TestaVideoConfig") -> tuple[int, int]:
     """Return the groups of tokens that attend to each other, and the patches in each: frames, or one of all patches."""
     if config.attention_type == "joint_space_time":
         return 1, config.num_frames * config.num_patches
     return config.num_frames, config.num_patches
 
 
-def _time_share(config: PreTrainedConfig) -> float:
+def _time_share(config: "TestaVideoConfig") -> float:
     if config.attention_type != "divided_space_time" or config.use_temporal_scaling:
         return 0.0
     slope = (_TIME_SHARE_AT_96_FRAMES - _TIME_SHARE_AT_32_FRAMES) / math.log(96 / 32)
     return max(_LEAST_TIME_SHARE, _TIME_SHARE_AT_32_FRAMES + slope * math.log(config.num_frames / 32))
 
 
-def _highest_levels(config: PreTrainedConfig, merge_schedule: str) -> tuple[float, float]:
+def _highest_levels(config: "TestaVideoConfig", merge_schedule: str) -> tuple[float, float]:
     """Return the most frames and patches a block, on average, that can merge without a step at its limit."""
     frames, patches = _groups(config)
     blocks = config.num_hidden_layers

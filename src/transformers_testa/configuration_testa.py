@@ -1,11 +1,12 @@
 """Configurations of the video encoder, the text encoder/decoder, and the model that holds both."""
 
-from dataclasses import fields
+import os
+from dataclasses import InitVar, fields
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .budgets import plan_merges
 
@@ -13,7 +14,7 @@ from .budgets import plan_merges
 class _TestaBaseConfig(PreTrainedConfig):
     _arguments: ClassVar[tuple[str, ...]] = ()  # that aren't fields
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         # The base class stores any unknown argument as an attribute: a misspelt field would silently do nothing.
         names = [*(field.name for field in fields(self)), *self._arguments]
         for argument in kwargs:
@@ -24,7 +25,9 @@ class _TestaBaseConfig(PreTrainedConfig):
         self.validate_architecture()
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:
             # The base class would go on with the default of every field.
@@ -33,14 +36,14 @@ class _TestaBaseConfig(PreTrainedConfig):
             )
         return config_dict, kwargs
 
-    def _require(self, condition: bool, field: str, allowed: str):
+    def _require(self, condition: bool, field: str, allowed: str) -> None:
         if not condition:
             raise ValueError(f"{type(self).__name__}.{field} is {getattr(self, field)!r}; {allowed}.")
 
-    def _require_one_of(self, field: str, *allowed: str):
+    def _require_one_of(self, field: str, *allowed: str) -> None:
         self._require(getattr(self, field) in allowed, field, f"allowed are {', '.join(map(repr, allowed))}")
 
-    def _require_positive(self, *names: str):
+    def _require_positive(self, *names: str) -> None:
         for field in names:
             self._require(getattr(self, field) > 0, field, "a positive number is needed")
 
@@ -114,14 +117,17 @@ class TestaVideoConfig(_TestaBaseConfig):
     frame_matching: str = "mean"
     proportional_attention: bool = False
     use_temporal_scaling: bool = False
+    keep_ratio: InitVar[float | None] = None
+    max_gflops: InitVar[float | None] = None
+    merge_schedule: InitVar[str | None] = None
 
     def __post_init__(
         self,
         keep_ratio: float | None = None,
         max_gflops: float | None = None,
         merge_schedule: str | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__post_init__(**kwargs)
         if keep_ratio is None and max_gflops is None:
             if merge_schedule is not None:
@@ -134,7 +140,7 @@ class TestaVideoConfig(_TestaBaseConfig):
         self.validate_architecture()
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "TestaVideoConfig":
         # The base class sets what is given beside a dictionary after making the object, too late for a budget.
         if any(name in kwargs for name in cls._arguments):
             names = {*cls._arguments, *(field.name for field in fields(cls))}
@@ -163,7 +169,7 @@ class TestaVideoConfig(_TestaBaseConfig):
     def _per_layer(self, merged: int | list[int]) -> list[int]:
         return list(merged) if isinstance(merged, (list, tuple)) else [merged] * self.num_hidden_layers
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation. Raises ValueError for fields that exclude each other."""
         self._require_one_of("attention_type", "divided_space_time", "joint_space_time", "space_only")
         self._require_one_of("aggregation_strategy", "geometry", "importance", "prune")
@@ -262,17 +268,17 @@ class TestaTextConfig(_TestaBaseConfig):
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = 0
-    bos_token_id: int | None = 30522
+    bos_token_id: int = 30522
     enc_token_id: int = 30523
-    sep_token_id: int | None = 102
+    sep_token_id: int = 102
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.eos_token_id is None:
             self.eos_token_id = self.sep_token_id
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation. Raises ValueError for fields that exclude each other."""
         self._require_positive("vocab_size", "hidden_size", "encoder_hidden_size", "num_attention_heads")
         self._require(0 <= self.label_smoothing < 1, "label_smoothing", "a share from 0 to below 1 is needed")
@@ -281,6 +287,17 @@ class TestaTextConfig(_TestaBaseConfig):
             "hidden_size",
             f"a multiple of num_attention_heads={self.num_attention_heads} is needed",
         )
+
+
+if TYPE_CHECKING:
+    Config = TypeVar("Config", bound=_TestaBaseConfig)
+
+    class _SubConfig(Generic[Config]):
+        """A field that is given as a configuration, its fields or nothing, and read as a configuration."""
+
+        def __get__(self, instance: object, owner: type) -> Config: ...
+
+        def __set__(self, instance: object, value: Config | dict[str, Any] | None) -> None: ...
 
 
 @strict
@@ -299,22 +316,29 @@ class TestaConfig(_TestaBaseConfig):
     """
 
     model_type = "testa"
-    sub_configs_defaults = {"video_config": TestaVideoConfig, "text_config": TestaTextConfig}
+    sub_configs_defaults = {
+        "video_config": SubConfigSpec(TestaVideoConfig),
+        "text_config": SubConfigSpec(TestaTextConfig),
+    }
     # What a Trainer leaves out of the predictions that it gathers: whatever is nested or belongs to a batch.
     keys_to_ignore_at_inference = [
         *("loss_vtc", "loss_vtm", "loss_caption", "logits_per_video", "logits_per_text"),
         *("video_model_output", "text_model_output", "question_hidden_states"),
     ]
 
-    video_config: dict | TestaVideoConfig | None = None
-    text_config: dict | TestaTextConfig | None = None
+    if TYPE_CHECKING:
+        video_config: _SubConfig[TestaVideoConfig] = _SubConfig()
+        text_config: _SubConfig[TestaTextConfig] = _SubConfig()
+    else:
+        video_config: dict | TestaVideoConfig | None = None
+        text_config: dict | TestaTextConfig | None = None
     projection_dim: int = 256
     video_pooling: str = "mean"
     temperature_init: float = 0.07
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation. Raises ValueError for fields that exclude each other."""
         self._require_one_of("video_pooling", "mean", "cls")
         self._require_positive("projection_dim", "temperature_init")

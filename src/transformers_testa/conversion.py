@@ -10,8 +10,9 @@ import inspect
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_testa import TestaConfig, TestaVideoConfig
 from .conversion_blip import convert_blip, from_blip
@@ -19,6 +20,8 @@ from .conversion_original import convert_original, load_original_checkpoint
 from .conversion_timesformer import from_timesformer, to_timesformer
 from .processing_testa import TestaProcessor
 
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 # By source, the architectures that it can become.
 _ARCHITECTURES = {
@@ -28,17 +31,13 @@ _ARCHITECTURES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None):
+def main(arguments: Sequence[str] | None = None) -> None:
     """Convert a checkpoint as the command line says: see this module's description."""
     options = _parse(arguments)
-    config = processor = None
-    if options.config_dir is not None:
-        config_class = TestaVideoConfig if options.architecture == "video" else TestaConfig
-        config = config_class.from_pretrained(options.config_dir)
-        processor = TestaProcessor.from_pretrained(options.config_dir)
+    processor = None if options.config_dir is None else TestaProcessor.from_pretrained(options.config_dir)
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)
 
-    model, dropped = _convert(options, config)
+    model, dropped = _convert(options)
     _set_merging(model, options.merged_frames_per_layer, options.merged_patches_per_layer)
     model.save_pretrained(options.output_dir)
     if processor is not None:
@@ -96,16 +95,21 @@ def _list_architectures() -> str:
     return "; ".join(f"{', '.join(names)} (from {source})" for source, names in _ARCHITECTURES.items())
 
 
-def _convert(
-    options: Namespace, config: TestaVideoConfig | TestaConfig | None
-) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+def _convert(options: Namespace) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     if options.source == "timesformer":
-        return from_timesformer(options.checkpoint, config), {}
-    convert = convert_original if options.source == "testa" else convert_blip
-    return convert(options.checkpoint, options.architecture, config)
+        return from_timesformer(options.checkpoint, _load_config(TestaVideoConfig, options)), {}
+    if options.source == "blip":
+        return convert_blip(options.checkpoint, options.architecture, _load_config(TestaConfig, options))
+    is_encoder = options.architecture == "video"
+    config_class: type[TestaVideoConfig | TestaConfig] = TestaVideoConfig if is_encoder else TestaConfig
+    return convert_original(options.checkpoint, options.architecture, _load_config(config_class, options))
 
 
-def _set_merging(model: PreTrainedModel, merged_frames: list[int] | None, merged_patches: list[int] | None):
+def _load_config(config_class: type[Config], options: Namespace) -> Config | None:
+    return None if options.config_dir is None else config_class.from_pretrained(options.config_dir)
+
+
+def _set_merging(model: PreTrainedModel, merged_frames: list[int] | None, merged_patches: list[int] | None) -> None:
     """Set counts of merged tokens in the configuration to be saved; no weights depend on them."""
     config = getattr(model.config, "video_config", model.config)
     for field, counts in (("merged_frames_per_layer", merged_frames), ("merged_patches_per_layer", merged_patches)):

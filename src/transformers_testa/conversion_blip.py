@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
@@ -130,19 +130,21 @@ def convert_blip(
     shared = own_names(model)
     new = sorted(set(shared.values()) - {shared[name] for name in weights})
     if copied or new:
-        notes = [copied] * bool(copied) + [f"newly initialised, to be trained: {', '.join(new)}"] * bool(new)
+        notes = [copied] if copied else []
+        if new:
+            notes.append(f"newly initialised, to be trained: {', '.join(new)}")
         logger.warning(f"{source} lacks parts of {model_class.__name__}: {'; '.join(notes)}.")
     return model.eval(), dropped
 
 
 def _read_blip(
     path_or_model: str | Path | Mapping[str, Tensor] | PreTrainedModel,
-) -> tuple[dict[str, Tensor], str, BlipConfig | None]:
+) -> tuple[dict[str, Tensor], str, PreTrainedConfig | None]:
     """Return tensors under the original's names, what to call their source, and the configuration where there is one."""
-    is_file = isinstance(path_or_model, str | Path) and (
-        Path(path_or_model).is_file() or Path(path_or_model).suffix in (".pth", ".pt")
-    )
-    if is_file or isinstance(path_or_model, Mapping):
+    if isinstance(path_or_model, Mapping) or (
+        isinstance(path_or_model, str | Path)
+        and (Path(path_or_model).is_file() or Path(path_or_model).suffix in (".pth", ".pt"))
+    ):
         return *read_checkpoint(path_or_model), None
     blip, source = read_transformers_model(
         path_or_model, BlipForImageTextRetrieval, BlipForQuestionAnswering, BlipForConditionalGeneration
@@ -150,7 +152,7 @@ def _read_blip(
     return {rename(name, _VISION_NAMES): tensor for name, tensor in blip.state_dict().items()}, source, blip.config
 
 
-def _infer_config(tensors: Mapping[str, Tensor], source: str, blip_config: BlipConfig | None) -> TestaConfig:
+def _infer_config(tensors: Mapping[str, Tensor], source: str, blip_config: PreTrainedConfig | None) -> TestaConfig:
     has_encoder = any(name.startswith("text_encoder.") for name in tensors)
     text_fields = text_sizes(tensors, source, "text_encoder." if has_encoder else "text_decoder.bert.")
     video_fields = video_sizes(tensors, source, "visual_encoder.")
@@ -167,7 +169,7 @@ def _infer_config(tensors: Mapping[str, Tensor], source: str, blip_config: BlipC
     )
 
 
-def _computation(blip_config: Any) -> dict[str, Any]:
+def _computation(blip_config: PreTrainedConfig) -> dict[str, Any]:
     """Return the fields that no shape tells and that weights rely on."""
     return {name: getattr(blip_config, name) for name in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
 
@@ -185,7 +187,7 @@ def _copy_text_model(weights: dict[str, Tensor], expected: Mapping[str, Tensor])
     return None
 
 
-def _add_time(weights: dict[str, Tensor], expected: Mapping[str, Tensor]):
+def _add_time(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name, tensor in expected.items():
         spatial_name = name.replace(".temporal.", ".spatial.")
         if name.endswith(".time_embeddings") or ".temporal.temporal_" in name:

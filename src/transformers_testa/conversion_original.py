@@ -120,7 +120,8 @@ def convert_original(
 
 def split_dropped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """Part tensors from those that are left out of every model: these are named, by reason."""
-    kept, dropped = {}, {}
+    kept: dict[str, Tensor] = {}
+    dropped: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         reason = next((reason for reason, pattern in _DROPPED.items() if re.search(pattern, name)), None)
         if reason is None:
@@ -186,7 +187,7 @@ def text_sizes(tensors: Mapping[str, Tensor], source: str, prefix: str) -> dict[
     }
 
 
-def projection_size(tensors: Mapping[str, Tensor], source: str) -> dict[str, int]:
+def projection_size(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """Return the field `projection_dim` of [`TestaConfig`], or nothing where a model has no projections."""
     if "text_proj.weight" not in tensors:
         return {}

@@ -123,7 +123,9 @@ def model_outline(model_class: type[PreTrainedModel], config: PreTrainedConfig) 
     return outline
 
 
-def check_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], source: str, may_miss: tuple[str, ...] = ()):
+def check_weights(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], source: str, may_miss: tuple[str, ...] = ()
+) -> None:
     """Check that weights under the model's names fit it.
 
     Args:
@@ -154,13 +156,15 @@ def check_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], source:
             and not torch.equal(weights[name], weights[shared[name]])
         ],
     }
-    problems = {kind: sorted(set(names)) for kind, names in problems.items()}
-    found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names)
+    named = {kind: sorted(set(names)) for kind, names in problems.items()}
+    found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in named.items() if names)
     if found:
         raise ValueError(f"{source} doesn't fit {type(model).__name__} and its configuration ({found}).")
 
 
-def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], source: str, may_miss: tuple[str, ...] = ()):
+def load_weights(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], source: str, may_miss: tuple[str, ...] = ()
+) -> None:
     """Check weights as [`check_weights`] does, with its arguments and errors, and load them."""
     check_weights(model, weights, source, may_miss)
     model.load_state_dict(_at_least_vectors(weights), strict=False)

@@ -5,19 +5,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from transformers_testa.arguments import DataArguments, TrainingArguments
-from transformers_testa.baselines import Baseline
 from transformers_testa.data.datasets import (
+    VideoTextDataset,
     collate_choices,
     collate_questions,
     collate_texts,
@@ -25,12 +25,17 @@ from transformers_testa.data.datasets import (
     distinct_videos,
 )
 from transformers_testa.metrics import VideoQAAccuracy
+from transformers_testa.modeling_testa import TestaForMultipleChoiceVideoQA, TestaForVideoQA
 from transformers_testa.processing_testa import TestaProcessor
-from transformers_testa.retrieval import RetrievalDetails, evaluate_retrieval, inference
+from transformers_testa.retrieval import RetrievalDetails, RetrievalModel, evaluate_retrieval, inference
 from transformers_testa.training import Progress, create_loader, video_dataset, whole_model
 
 
-class Evaluator(ABC):
+Model = TypeVar("Model", bound=nn.Module)
+Retriever = TypeVar("Retriever", bound=RetrievalModel)
+
+
+class Evaluator(ABC, Generic[Model]):
     """Evaluates a model on some splits and writes the metrics into the progress of a run.
 
     Subclasses say in `loaders_of` and `metrics_of` what is read and measured.
@@ -47,7 +52,7 @@ class Evaluator(ABC):
     def __init__(
         self,
         accelerator: Accelerator,
-        model: PreTrainedModel | Baseline,
+        model: Model,
         processor: TestaProcessor,
         tables: dict[str, Dataset],
         data_args: DataArguments,
@@ -68,7 +73,7 @@ class Evaluator(ABC):
             progress.results.setdefault(split, {})[moment] = metrics
         return progress.results[splits[0]][moment]
 
-    def gather_model(self):
+    def gather_model(self) -> None:
         """Let `model` be whole, with the weights of now. All processes have to call this together."""
         self.model = whole_model(self.trained_model)
 
@@ -91,20 +96,20 @@ class Evaluator(ABC):
             )
         )
 
-    def video_dataset(self, table: Dataset):
+    def video_dataset(self, table: Dataset) -> VideoTextDataset:
         """Return the data set of a table, sampled as in use."""
         return video_dataset(table, self.processor.video_processor, self.data_args, self.args, self.accelerator)
 
 
-class RetrievalEvaluator(Evaluator):
+class RetrievalEvaluator(Evaluator[Retriever]):
     """Recall of videos by text and of texts by video.
 
     Args:
         rerank_k: Candidates of each query that the matching head reads; 0: no re-ranking.
-        max_tokens: Tokens kept of a text.
+        max_tokens: Tokens kept of a text; all where None.
     """
 
-    def __init__(self, *args: Any, rerank_k: int, max_tokens: int):
+    def __init__(self, *args: Any, rerank_k: int, max_tokens: int | None):
         self.rerank_k, self.max_tokens = rerank_k, max_tokens
         self.details: dict[str, RetrievalDetails] = {}
         super().__init__(*args)
@@ -133,11 +138,11 @@ class RetrievalEvaluator(Evaluator):
         return metrics
 
 
-class QuestionEvaluator(Evaluator):
+class QuestionEvaluator(Evaluator[TestaForVideoQA | TestaForMultipleChoiceVideoQA]):
     """Accuracy of answers, overall and by the type of question.
 
     Args:
-        max_question_tokens: Tokens kept of a question, or of a question and a choice.
+        max_question_tokens: Tokens kept of a question, or of a question and a choice; all where None.
         candidates: Answers to choose from, by split; None where answers are generated or chosen from a row's choices.
         rank_k: Candidates with the likeliest first token, whose full probabilities are compared.
         generation: Arguments of `generate`, where answers are generated.
@@ -148,10 +153,10 @@ class QuestionEvaluator(Evaluator):
     def __init__(
         self,
         *args: Any,
-        max_question_tokens: int,
+        max_question_tokens: int | None,
         candidates: dict[str, list[str]] | None = None,
         rank_k: int = 128,
-        generation: dict[str, int] | None = None,
+        generation: dict[str, Any] | None = None,
     ):
         self.max_question_tokens, self.candidates, self.rank_k = max_question_tokens, candidates, rank_k
         self.generation = generation or {}
@@ -192,7 +197,7 @@ class QuestionEvaluator(Evaluator):
 
     def answer_all(self, loader: DataLoader, answer: Callable[..., list], progress: Progress) -> dict[int, Any]:
         """Return the answers of all processes by the number of the question's row, in order."""
-        own = []
+        own: list[tuple[int, Any]] = []
         batches = tqdm(loader, desc="Answering", disable=not self.accelerator.is_main_process, leave=False)
         with inference(self.model):
             for batch in progress.broken_videos.filter(batches):
@@ -211,11 +216,13 @@ class QuestionEvaluator(Evaluator):
 
     def rank(self, candidates: list[str], tokens: dict[str, torch.Tensor], **batch: torch.Tensor) -> list[str]:
         """Answer with the likeliest of the candidates."""
+        assert isinstance(self.model, TestaForVideoQA)
         chosen = self.model.rank_answers(**batch, **tokens, top_k=self.rank_k)
         return [candidates[number] for number in chosen.tolist()]
 
     def generate(self, **batch: torch.Tensor) -> list[str]:
         """Answer in free text."""
+        assert isinstance(self.model, TestaForVideoQA)
         ids = self.model.generate(**batch, **self.generation)
         return self.processor.tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)  # without [DEC]
 
@@ -227,7 +234,7 @@ class QuestionEvaluator(Evaluator):
         encoded = self.processor.tokenizer(answers, padding=True, return_tensors="pt").to(self.accelerator.device)
         return {f"answer_{name}": encoded[name] for name in ("input_ids", "attention_mask")}
 
-    def save_predictions(self, folder: str | Path):
+    def save_predictions(self, folder: str | Path) -> None:
         """Write `predictions_<split>.jsonl`: what was asked, accepted and answered."""
         for split, rows in self.predictions.items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,10 +1,13 @@
 """Multiply-adds of the video encoder, counted as the paper's tables count them."""
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from .aggregation_testa import limit_merges
+
+
+if TYPE_CHECKING:
+    from .configuration_testa import TestaVideoConfig
 
 
 # A layer norm with weight and bias: mean, variance, scale and shift take five operations an element.
@@ -12,7 +15,7 @@ LAYER_NORM_COST = 5
 
 
 def count_video_gflops(
-    config: PreTrainedConfig,
+    config: "TestaVideoConfig",
     num_frames: int | None = None,
     image_size: int | None = None,
     merges: tuple[Sequence[int], Sequence[int]] | None = None,
@@ -61,7 +64,7 @@ def count_video_gflops(
 
 
 def _comparison(
-    config: PreTrainedConfig, opinions: int, num_tokens: int, num_merged: int, is_consecutive: bool = False
+    config: "TestaVideoConfig", opinions: int, num_tokens: int, num_merged: int, is_consecutive: bool = False
 ) -> int:
     """Operations of comparing tokens by their keys."""
     if num_merged == 0 or config.aggregation_strategy == "prune":

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,6 +21,10 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
+
+
+if TYPE_CHECKING:
+    from transformers_testa.baselines import Baseline
 
 
 # Parts of a config that change when a model is saved or moved, and not what it computes.
@@ -79,7 +83,7 @@ class Gallery:
     def __init__(
         self,
         folder: str | Path,
-        model: PreTrainedModel,
+        model: "PreTrainedModel | Baseline",
         writable: bool = False,
         dtype: torch.dtype | None = None,
         damaged: bool = False,
@@ -93,7 +97,7 @@ class Gallery:
         self._index_path = self.folder / INDEX
         if not writable and not self._index_path.exists():
             raise ValueError(f"{self.folder} holds no gallery: open it with writable=True and add videos to it")
-        self._header = {"format": self.FORMAT, "model": model_fingerprint(model), **BEGINNING}
+        self._header: dict[str, Any] = {"format": self.FORMAT, "model": model_fingerprint(model), **BEGINNING}
         self._dtype = dtype
         self._rows: dict[str, int] = {}
         self._shards: list[dict] = []
@@ -122,7 +126,7 @@ class Gallery:
     def __enter__(self) -> "Gallery":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -515,14 +519,14 @@ class Gallery:
                 )
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: "PreTrainedModel | Baseline") -> str:
     """SHA-256 over a model's config and weights, as hexadecimal digits."""
     config = json.dumps(model.config.to_dict(), default=str)
     essential = json.loads(config, object_hook=lambda d: {k: d[k] for k in d.keys() - BOOKKEEPING})
     digest = hashlib.sha256(json.dumps(essential, sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
         if is_traceable_wrapper_subclass(weight):  # of a quantized model, whose config tells how it is quantized
-            weight = weight.dequantize()
+            weight = weight.dequantize()  # type: ignore[attr-defined]  # as all of torchao's have
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -571,7 +575,7 @@ def _embeddings_file(header: dict) -> str:
 def _number(path: Path) -> int:
     """The number in the name of a shard, or of a part or a file in it."""
     name = path.name if path.name != INDEX else path.parent.name
-    return int(re.search(r"-(\d+)", name)[1])
+    return int(re.findall(r"-(\d+)", name)[0])
 
 
 class _DamagedLineError(Exception):

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 
@@ -31,7 +31,7 @@ from .video_processing_testa import TestaVideoProcessor
 
 
 # The library has no auto class for retrieval: `TestaForRetrieval` is loaded by its name.
-AUTO_CLASSES = {
+AUTO_CLASSES: dict[type[PreTrainedConfig], dict[str, type]] = {
     TestaConfig: {
         "AutoConfig": TestaConfig,
         "AutoModel": TestaModel,
@@ -72,7 +72,7 @@ model = {model_line}
 """
 
 
-def register_auto_classes():
+def register_auto_classes() -> None:
     """Tell the auto classes of Transformers about the configurations, models and processors of this package."""
     for config_class, classes in AUTO_CLASSES.items():
         for auto_class, registered_class in classes.items():
@@ -85,7 +85,7 @@ def export_folder(
     processor: TestaProcessor | TestaVideoProcessor | PreTrainedTokenizerBase,
     folder: str | Path,
     card: str | None = None,
-):
+) -> None:
     """Save a model, its processor and its card so that they load where this package isn't installed.
 
     Args:
@@ -105,7 +105,7 @@ def export_folder(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def add_code(folder: str | Path):
+def add_code(folder: str | Path) -> None:
     """Make a saved model load with `trust_remote_code=True` where this package isn't installed.
 
     Adds the files of code, and to the configuration and the processor's settings the `auto_map` that leads to them.
@@ -123,7 +123,7 @@ def add_code(folder: str | Path):
         known = ", ".join(config_class.model_type for config_class in AUTO_CLASSES)
         raise ValueError(f"{folder / CONFIG_NAME} is of a {config.model_type!r} model; this package has {known}.")
     for source in {Path(inspect.getfile(code)) for code in classes.values()}:
-        for file in (source, *get_relative_import_files(source)):
+        for file in (str(source), *get_relative_import_files(source)):
             shutil.copy(file, folder)
 
     auto_map = {auto_class: _reference(code) for auto_class, code in classes.items()}

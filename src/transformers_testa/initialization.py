@@ -12,7 +12,7 @@ RESIDUAL = 0.4
 
 
 @torch.no_grad()
-def imitate_trained_attention(model: TestaVideoModel):
+def imitate_trained_attention(model: TestaVideoModel) -> None:
     """Begin where training would lead first: tokens attend to those like them and near them, and value what differs.
 
     The product of each head's query and key weights becomes 0.7 times the identity plus noise as large, that of value
@@ -31,7 +31,7 @@ def imitate_trained_attention(model: TestaVideoModel):
     positions[0, 1:] = 0.5 * torch.cat(waves, dim=1)
 
 
-def _imitate(qkv: nn.Linear, output: nn.Linear, num_heads: int):
+def _imitate(qkv: nn.Linear, output: nn.Linear, num_heads: int) -> None:
     query, key, value = qkv.weight.view(3, num_heads, -1, qkv.in_features).unbind()
     for head in range(num_heads):
         similarity = _noise(qkv) + torch.eye(qkv.in_features, device=qkv.weight.device)

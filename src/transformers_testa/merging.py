@@ -2,6 +2,7 @@
 
 import copy
 from itertools import chain
+from typing import TypeVar
 
 from transformers import PreTrainedModel
 
@@ -10,9 +11,12 @@ from .configuration_testa import TestaVideoConfig
 from .modeling_testa import TestaVideoModel
 
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
 def with_merges(
-    model: PreTrainedModel, merged_frames_per_layer: int | list[int], merged_patches_per_layer: int | list[int]
-) -> PreTrainedModel:
+    model: Model, merged_frames_per_layer: int | list[int], merged_patches_per_layer: int | list[int]
+) -> Model:
     """Return a model that shares all weights with another and merges differently.
 
     Args:

@@ -4,6 +4,7 @@ Recalls and accuracies are percentages, as papers print them; ranks count from 1
 """
 
 from collections import defaultdict
+from typing import Any
 
 import datasets
 import evaluate
@@ -139,7 +140,7 @@ class RetrievalMetric(evaluate.Metric):
     `distractor_accuracy`.
     """
 
-    def __init__(self, keep_in_memory: bool = True, **kwargs):
+    def __init__(self, keep_in_memory: bool = True, **kwargs: Any):
         super().__init__(keep_in_memory=keep_in_memory, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -151,7 +152,9 @@ class RetrievalMetric(evaluate.Metric):
             features=datasets.Features(features),
         )
 
-    def _compute(self, predictions, references, distractors=None):
+    def _compute(
+        self, predictions: list[list[float]], references: list[int], distractors: list[int] | None = None
+    ) -> dict[str, float]:
         if len(lengths := {len(row) for row in predictions}) > 1:
             raise ValueError(f"predictions has rows of {sorted(lengths)} scores: every text needs one score a video")
         scores, video_of_text = torch.tensor(predictions), torch.tensor(references)
@@ -169,7 +172,7 @@ class VideoQAAccuracy(evaluate.Metric):
     `accuracy_<type>` for each type.
     """
 
-    def __init__(self, keep_in_memory: bool = True, **kwargs):
+    def __init__(self, keep_in_memory: bool = True, **kwargs: Any):
         super().__init__(keep_in_memory=keep_in_memory, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -184,7 +187,12 @@ class VideoQAAccuracy(evaluate.Metric):
             ],
         )
 
-    def _compute(self, predictions, references, question_types=None):
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[str] | list[list[str]],
+        question_types: list[str] | None = None,
+    ) -> dict[str, float]:
         if question_types is not None and len(question_types) != len(predictions):
             raise ValueError(f"question_types has {len(question_types)} entries for {len(predictions)} questions")
         correct_by_type = defaultdict(list)
@@ -228,7 +236,7 @@ def _check_indices(scores: torch.Tensor, indices: torch.Tensor, name: str) -> No
         )
     outside = ((indices < 0) | (indices >= scores.shape[1])).nonzero()
     if len(outside):
-        row = outside[0].item()
+        row = int(outside[0])
         raise ValueError(
             f"{name}[{row}] is {indices[row]}: with {scores.shape[1]} videos it must be 0 to {scores.shape[1] - 1}"
         )

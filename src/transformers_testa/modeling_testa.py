@@ -1,6 +1,6 @@
 """TESTA models: a video encoder that aggregates tokens, a text encoder/decoder, and the task heads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -518,7 +518,7 @@ class TestaPreTrainedModel(PreTrainedModel):
     config: TestaConfig
     base_model_prefix = "testa"
     main_input_name = "pixel_values_videos"
-    input_modalities = ("video", "text")
+    input_modalities = ["video", "text"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # losses are means over a batch, which a Trainer averages over accumulated ones
     _no_split_modules = ["TestaVideoEmbeddings", "TestaVideoLayer", "TestaTextEmbeddings", "TestaTextLayer"]
@@ -527,7 +527,7 @@ class TestaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         try:
             return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         except ImportError as error:
@@ -537,7 +537,7 @@ class TestaPreTrainedModel(PreTrainedModel):
             return "sdpa"
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, std=std)
@@ -578,8 +578,8 @@ def sinusoids(length: int, width: int) -> Tensor:
 class TestaVideoModel(TestaPreTrainedModel):
     """The video encoder (section 3.2 of the paper), with or without token aggregation."""
 
-    config: TestaVideoConfig
-    input_modalities = ("video",)
+    config: TestaVideoConfig  # type: ignore[assignment]  # so the library knows the configuration of each model
+    input_modalities = ["video"]
     _input_embed_layer = "patch_embeddings"
     _can_record_outputs = {
         "hidden_states": TestaVideoLayer,
@@ -590,7 +590,8 @@ class TestaVideoModel(TestaPreTrainedModel):
     def __init__(self, config: TestaVideoConfig):
         super().__init__(config)
         self.embeddings = TestaVideoEmbeddings(config)
-        self.layers = nn.ModuleList(
+        # A ModuleList doesn't tell of what type its modules are.
+        self.layers: Sequence[TestaVideoLayer] = nn.ModuleList(  # type: ignore[assignment]
             [TestaVideoLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -711,7 +712,7 @@ class TestaTextAttention(nn.Module):
         if self.is_cross_attention:
             key, value = self.cross_key_value(attended_states, cache)
         else:
-            key, value = self.key_value(attended_states)
+            key, value = self.key_value(hidden_states if attended_states is None else attended_states)
             if cache is not None and self.is_causal:
                 key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
         num_texts, length = hidden_states.shape[:2]
@@ -748,13 +749,14 @@ class TestaTextAttention(nn.Module):
 
     def cross_key_value(self, states: Tensor | None, cache: EncoderDecoderCache | None) -> tuple[Tensor, Tensor]:
         """Take keys and values from the cache, or compute them from `states` and cache them."""
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values  # type: ignore[union-attr, return-value]  # which are there
+        assert states is not None
         if cache is None:
             return self.key_value(states)
-        if not cache.is_updated.get(self.layer_idx):
-            cache.cross_attention_cache.update(*self.key_value(states), self.layer_idx)
-            cache.is_updated[self.layer_idx] = True
-        layer = cache.cross_attention_cache.layers[self.layer_idx]
-        return layer.keys, layer.values
+        cache.is_updated[self.layer_idx] = True
+        return cache.cross_attention_cache.update(*self.key_value(states), self.layer_idx)
 
 
 class TestaTextMLP(nn.Module):
@@ -811,9 +813,9 @@ class TestaTextModel(TestaPreTrainedModel):
     The text arrives as the tokenizer gives it; which token comes first ([CLS], [ENC], [DEC]) is the caller's choice.
     """
 
-    config: TestaTextConfig
+    config: TestaTextConfig  # type: ignore[assignment]
     main_input_name = "input_ids"
-    input_modalities = ("text",)
+    input_modalities = ["text"]
     _input_embed_layer = "word_embeddings"
     _can_record_outputs = {
         "hidden_states": TestaTextLayer,
@@ -824,7 +826,7 @@ class TestaTextModel(TestaPreTrainedModel):
     def __init__(self, config: TestaTextConfig):
         super().__init__(config)
         self.embeddings = TestaTextEmbeddings(config)
-        self.layers = nn.ModuleList(
+        self.layers: Sequence[TestaTextLayer] = nn.ModuleList(  # type: ignore[assignment]
             [TestaTextLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.post_init()
@@ -852,7 +854,7 @@ class TestaTextModel(TestaPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # TransformersKwargs has `position_ids` too
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -912,7 +914,9 @@ class TestaTextModel(TestaPreTrainedModel):
                 attention_mask=attention_mask,
                 encoder_hidden_states=hidden_states,
             )
-        has_encoder = encoder_hidden_states is not None or (cache is not None and cache.is_updated.get(0, False))
+        has_encoder = encoder_hidden_states is not None or (
+            isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(0, False)
+        )
         if has_encoder and encoder_attention_mask is not None:
             encoder_attention_mask = create_bidirectional_mask(
                 config=self.config,
@@ -961,10 +965,10 @@ class TestaTextDecoder(TestaPreTrainedModel, GenerationMixin):
     The text starts with [DEC], which the models that own a decoder put there.
     """
 
-    config: TestaTextConfig
+    config: TestaTextConfig  # type: ignore[assignment]
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
-    input_modalities = ("text",)
+    input_modalities = ["text"]
     _tied_weights_keys = {"prediction_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: TestaTextConfig):
@@ -978,11 +982,11 @@ class TestaTextDecoder(TestaPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.prediction_head.decoder
 
-    def set_output_embeddings(self, new_embeddings: nn.Module):
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.prediction_head.decoder = new_embeddings
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -1075,13 +1079,14 @@ class TestaModel(TestaPreTrainedModel):
     def __init__(self, config: TestaConfig, add_text_model: bool = True):
         super().__init__(config)
         self.video_model = TestaVideoModel(config.video_config)
-        self.text_model = TestaTextModel(config.text_config) if add_text_model else None
+        text_model = TestaTextModel(config.text_config) if add_text_model else None
+        self.text_model: TestaTextModel = text_model  # type: ignore[assignment]  # None in TestaForCaptioning alone
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return (self.text_model or self.video_model).get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         (self.text_model or self.video_model).set_input_embeddings(value)
 
     @can_return_tuple
@@ -1131,7 +1136,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
         self.add_modules(config)
         self.post_init()
 
-    def add_modules(self, config: TestaConfig):
+    def add_modules(self, config: TestaConfig) -> None:
         self.testa = TestaModel(config)
         self.video_projection = nn.Linear(config.video_config.hidden_size, config.projection_dim)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
@@ -1166,16 +1171,18 @@ class TestaForRetrieval(TestaPreTrainedModel):
         video_hidden_states: Tensor | None,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         """Read texts together with videos.
 
         Args:
-            video_hidden_states: `[V, S, D]`, the `last_hidden_state` of videos; None where `kwargs` have a `cache` that
-                holds their keys and values. N is a multiple of V; each video serves N / V texts in a row, and its keys
-                and values are computed once.
+            video_hidden_states: `[V, S, D]`, the `last_hidden_state` of videos; None where `cache` holds their keys and
+                values. N is a multiple of V; each video serves N / V texts in a row, and its keys and values are
+                computed once.
             input_ids: `[N, L]`, texts as the tokenizer gives them.
             attention_mask: `[N, L]`.
+            cache: Of V videos; keys and values that it doesn't hold yet are put into it.
 
         Returns:
             Logits `[N, 2]`; index 1 means that text and video match.
@@ -1184,6 +1191,7 @@ class TestaForRetrieval(TestaPreTrainedModel):
             _replace_first_token(input_ids, self.config.text_config.enc_token_id),
             attention_mask,
             encoder_hidden_states=video_hidden_states,
+            cache=cache,
             first_token_only=True,
             **kwargs,
         )
@@ -1357,14 +1365,14 @@ class TestaForPreTraining(TestaForRetrieval):
         r"text_decoder.text_model.layers.\d+.mlp": r"testa.text_model.layers.\d+.mlp",
     }
 
-    def add_modules(self, config: TestaConfig):
+    def add_modules(self, config: TestaConfig) -> None:
         super().add_modules(config)
         self.text_decoder = TestaTextDecoder(_decoder_config(config, config.video_config.hidden_size))
 
     def get_output_embeddings(self) -> nn.Module:
         return self.text_decoder.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings: nn.Module):
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.text_decoder.set_output_embeddings(new_embeddings)
 
     @can_return_tuple
@@ -1383,7 +1391,7 @@ class TestaForPreTraining(TestaForRetrieval):
         )
         output = TestaPreTrainingOutput(**output)
         if output.loss is not None:
-            videos = output.video_model_output.last_hidden_state
+            videos = output["video_model_output"].last_hidden_state
             output.loss_caption = self.caption_loss(videos, input_ids, attention_mask, **kwargs)
             output.loss = output.loss + output.loss_caption
         return output
@@ -1418,16 +1426,18 @@ class TestaForCaptioning(TestaPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs) -> "TestaForCaptioning":
+    def from_pretrained(
+        cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any
+    ) -> "TestaForCaptioning":
         return super().from_pretrained(*args, key_mapping=key_mapping or cls._pretraining_names, **kwargs)
 
-    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)  # type: ignore[misc]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_decoder.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_decoder.set_input_embeddings(value)
 
     @can_return_tuple
@@ -1498,14 +1508,15 @@ class TestaForVideoQA(TestaPreTrainedModel):
         self.text_decoder = TestaTextDecoder(_decoder_config(config, config.text_config.hidden_size))
         self.post_init()
 
-    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
-        for name in sorted(missing_keys or ()):
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        missing = missing_keys or set()
+        for name in sorted(missing):
             source = name.replace("text_decoder.", "testa.", 1)
-            if name.startswith("text_decoder.text_model.") and source not in missing_keys:
+            if name.startswith("text_decoder.text_model.") and source not in missing:
                 weight, of_encoder = self.get_parameter(name), self.get_parameter(source)
                 if weight.shape == of_encoder.shape:  # the encoder reads videos, which may have another width
                     weight.data.copy_(of_encoder.data)
-                    missing_keys.remove(name)
+                    missing.remove(name)
         super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
 
     def read_question(
@@ -1556,21 +1567,23 @@ class TestaForVideoQA(TestaPreTrainedModel):
             ValueError: Where B questions can't have A answers.
         """
         video_output, question_states = self.read_question(pixel_values_videos, input_ids, attention_mask, **kwargs)
-        outputs = {"video_model_output": video_output, "question_hidden_states": question_states}
         if answer_input_ids is None:
-            return TestaVideoQAOutput(**outputs)
+            return TestaVideoQAOutput(video_model_output=video_output, question_hidden_states=question_states)
         num_answers = len(answer_input_ids)
+        states, mask = question_states, attention_mask
         if answers_per_question is not None:
-            question_states, attention_mask = (
-                None if states is None else states.repeat_interleave(answers_per_question, 0, output_size=num_answers)
-                for states in (question_states, attention_mask)
-            )
+            states = states.repeat_interleave(answers_per_question, 0, output_size=num_answers)
+            if mask is not None:
+                mask = mask.repeat_interleave(answers_per_question, 0, output_size=num_answers)
         if answer_weights is None:
-            answer_weights = question_states.new_ones(num_answers)
-        logits, losses = self.answer_losses(
-            question_states, attention_mask, answer_input_ids, answer_attention_mask, **kwargs
+            answer_weights = states.new_ones(num_answers)
+        logits, losses = self.answer_losses(states, mask, answer_input_ids, answer_attention_mask, **kwargs)
+        return TestaVideoQAOutput(
+            loss=(losses * answer_weights).sum() / len(input_ids),
+            logits=logits,
+            video_model_output=video_output,
+            question_hidden_states=question_states,
         )
-        return TestaVideoQAOutput(loss=(losses * answer_weights).sum() / len(input_ids), logits=logits, **outputs)
 
     def answer_losses(
         self,

@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers.utils.generic import maybe_autocast
 
+from .configuration_testa import TestaConfig
 from .modeling_testa import TestaForPreTraining, TestaForRetrieval, TestaPreTrainingOutput, apply_head
 from .objectives import (
     HardNegatives,
@@ -40,7 +42,7 @@ class MomentumTeacher(nn.Module):
         super().__init__()
         self.testa = deepcopy(model.testa)
         for layer in self.testa.text_model.layers:
-            layer.cross_attention = None  # no text is read with a video here
+            del layer.cross_attention  # no text is read with a video here
         self.video_projection = deepcopy(model.video_projection)
         self.text_projection = deepcopy(model.text_projection)
         self.average = get_ema_multi_avg_fn(momentum)
@@ -52,7 +54,7 @@ class MomentumTeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def update(self, model: TestaForRetrieval):
+    def update(self, model: TestaForRetrieval) -> None:
         """Move the weights a little towards the model's."""
         followed = dict(model.named_parameters())
         own = dict(self.named_parameters())
@@ -85,7 +87,7 @@ class FeatureQueue(nn.Module):
         self.position = nn.Buffer(torch.tensor(0))
 
     @torch.no_grad()
-    def push(self, video_embeds: Tensor, text_embeds: Tensor, pair_ids: Tensor):
+    def push(self, video_embeds: Tensor, text_embeds: Tensor, pair_ids: Tensor) -> None:
         """Replace the oldest samples by these: embeddings `[B, E]` and ids `[B]`.
 
         Raises:
@@ -134,14 +136,14 @@ class MomentumTraining(nn.Module):
         self.step = nn.Buffer(torch.tensor(0))
 
     @property
-    def config(self):
+    def config(self) -> TestaConfig:
         return self.model.config
 
     @torch.no_grad()
-    def after_optimizer_step(self):
+    def after_optimizer_step(self) -> None:
         """Let the teacher follow the model's new weights, and count the step."""
         self.teacher.update(self.model)
-        self.step += 1
+        self.step.add_(1)
 
     def forward(
         self, pixel_values_videos: Tensor, input_ids: Tensor, attention_mask: Tensor, pair_ids: Tensor
@@ -163,18 +165,18 @@ class MomentumTraining(nn.Module):
         all_ids = everywhere.gather(pair_ids)
 
         teacher_embeds = self.teacher(pixel_values_videos, input_ids, attention_mask)
-        all_teacher_embeds = [everywhere.gather(embeds) for embeds in teacher_embeds]
+        teacher_videos, teacher_texts = (everywhere.gather(embeds) for embeds in teacher_embeds)
         loss_vtc = self.contrastive_loss(
-            (video_embeds, text_embeds), teacher_embeds, all_teacher_embeds, pair_ids, all_ids
+            (video_embeds, text_embeds), teacher_embeds, (teacher_videos, teacher_texts), pair_ids, all_ids
         )
-        self.queue.push(*all_teacher_embeds, all_ids)
+        self.queue.push(teacher_videos, teacher_texts, all_ids)
 
         with torch.no_grad():
             logits_per_video = self.logits(everywhere.gather(video_embeds), everywhere.gather(text_embeds))
             negatives = everywhere.own_share(draw_hard_negatives(logits_per_video, all_ids))
-        candidates = tuple(everywhere.gather(tensor) for tensor in (videos, input_ids, attention_mask))
-        pairs = videos, *(texts[everywhere.own] for texts in candidates[1:])
-        loss_vtm = model.matching_loss(*pairs, negatives, candidates)
+        all_videos, all_texts, all_masks = (everywhere.gather(each) for each in (videos, input_ids, attention_mask))
+        own_texts, own_masks = all_texts[everywhere.own], all_masks[everywhere.own]
+        loss_vtm = model.matching_loss(videos, own_texts, own_masks, negatives, (all_videos, all_texts, all_masks))
 
         output = TestaPreTrainingOutput(
             loss=loss_vtc + loss_vtm,
@@ -184,8 +186,8 @@ class MomentumTraining(nn.Module):
             text_embeds=text_embeds,
         )
         if isinstance(model, TestaForPreTraining):
-            output.loss_caption = model.caption_loss(videos, input_ids, attention_mask)
-            output.loss = output.loss + output.loss_caption
+            loss_caption = model.caption_loss(videos, input_ids, attention_mask)
+            output.loss, output.loss_caption = loss_vtc + loss_vtm + loss_caption, loss_caption
         return output
 
     def contrastive_loss(
@@ -245,9 +247,9 @@ class ProcessRows:
         shapes = [list(input_ids.shape)]
         if not self.is_alone:
             shape = torch.tensor(input_ids.shape, device=input_ids.device)
-            shapes = shape.new_empty(dist.get_world_size(), 2)
-            dist.all_gather_into_tensor(shapes.view(-1), shape)
-            shapes = shapes.tolist()
+            gathered = shape.new_empty(dist.get_world_size(), 2)
+            dist.all_gather_into_tensor(gathered.view(-1), shape)
+            shapes = gathered.tolist()
         self.counts, lengths = zip(*shapes, strict=True)
         self.text_length = max(lengths)
         first = 0 if self.is_alone else sum(self.counts[: dist.get_rank()])
@@ -277,13 +279,13 @@ class ProcessRows:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
         dist.all_gather_into_tensor(gathered, tensor.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]

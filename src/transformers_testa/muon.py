@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 
 class Float32Muon(torch.optim.Muon):
@@ -14,11 +15,11 @@ class Float32Muon(torch.optim.Muon):
     `adjust_lr_fn="match_rms_adamw"`, the only settings there are here.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float):
+    def __init__(self, params: ParamsT, lr: float, weight_decay: float):
         super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]  # of floats
         """Update the parameters that have gradients; return the closure's loss, if there is one."""
         loss = None
         if closure is not None:

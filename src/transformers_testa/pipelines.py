@@ -13,9 +13,9 @@ A list of inputs gives a list of results; a generator or a data set gives an ite
 Folders of videos that are searched more than once belong into a gallery, see [`retrieval.VideoSearch`].
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -24,13 +24,16 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .modeling_testa import TestaForRetrieval, TestaForVideoQA
 from .processing_testa import TestaProcessor
+from .video_processing_testa import Video
 
 
 class _VideoTextPipeline(Pipeline):
     """What the pipelines share: a [`TestaProcessor`], which the base class knows only in parts."""
 
-    _load_processor = True
-    _load_tokenizer = _load_image_processor = _load_video_processor = _load_feature_extractor = False
+    _load_processor = True  # type: ignore[assignment]  # the base class declares them None
+    _load_tokenizer = _load_image_processor = _load_video_processor = _load_feature_extractor = False  # type: ignore[assignment]
+    model: PreTrainedModel
+    processor: TestaProcessor
     _model_class: type[PreTrainedModel]
     _needed_method: str
 
@@ -42,7 +45,7 @@ class _VideoTextPipeline(Pipeline):
         model.eval()
         super().__init__(model=model, processor=processor, **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save the model and the processor, from which [`~transformers.pipeline`] makes the same pipeline again."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
@@ -57,7 +60,7 @@ class _VideoTextPipeline(Pipeline):
         )
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
-    def _read_video(self, video: Any) -> list[Tensor]:
+    def _read_video(self, video: Video) -> list[Tensor]:
         """Return the frames `[1, T, C, H, W]`, in a list: the library would pad the tensors of a batch to one length."""
         frames = self.processor(videos=video, return_tensors="pt")["pixel_values_videos"]
         if len(frames) != 1:
@@ -79,7 +82,7 @@ class _Candidates(NamedTuple):
     """What queries are compared with: embeddings `[N, E]`, and what the matching head reads of each candidate."""
 
     embeddings: Tensor
-    tokens: dict[str, Tensor] | None = None  # of texts, [N, L]
+    tokens: Mapping[str, Tensor] = {}  # of texts, [N, L]
     hidden_states: Sequence[Tensor] = ()  # of videos, [S, D]
 
 
@@ -90,6 +93,7 @@ class VideoTextRetrievalPipeline(_VideoTextPipeline):
     `processor=...`, too.
     """
 
+    model: TestaForRetrieval
     _model_class = TestaForRetrieval
     _needed_method = "match"
 
@@ -118,23 +122,25 @@ class VideoTextRetrievalPipeline(_VideoTextPipeline):
     def _sanitize_parameters(
         self,
         candidate_texts: list[str] | None = None,
-        candidate_videos: list[Any] | None = None,
+        candidate_videos: list[Video] | None = None,
         rerank: bool | None = None,
         top_k: int | None = None,
     ) -> tuple[dict, dict, dict]:
-        preprocess, forward, postprocess = {}, {}, {}
+        preprocess: dict[str, Any] = {}
+        forward: dict[str, Any] = {}
+        postprocess: dict[str, Any] = {}
         if candidate_texts is not None and candidate_videos is not None:
             raise ValueError("Both candidate_texts and candidate_videos are given. Give one of them.")
-        for kind, candidates, encode in (
-            ("text", candidate_texts, self._encode_texts),
-            ("video", candidate_videos, self._encode_videos),
-        ):
+        for kind, candidates in (("text", candidate_texts), ("video", candidate_videos)):
             if candidates is not None:
                 _check_list(f"candidate_{kind}s", candidates)
                 preprocess["kind"] = kind
                 postprocess |= {"kind": kind, "candidates": candidates}
-                with self.device_placement(), torch.no_grad():
-                    forward["candidates"] = encode(candidates)
+        with self.device_placement(), torch.no_grad():
+            if candidate_texts is not None:
+                forward["candidates"] = self._encode_texts(candidate_texts)
+            if candidate_videos is not None:
+                forward["candidates"] = self._encode_videos(candidate_videos)
         if rerank is not None:
             forward["rerank"] = rerank
         if top_k is not None:
@@ -145,7 +151,7 @@ class VideoTextRetrievalPipeline(_VideoTextPipeline):
         tokens = self.ensure_tensor_on_device(**self._tokenize(texts, "Candidate"))
         return _Candidates(self.model.get_text_features(**tokens).pooler_output, tokens=tokens)
 
-    def _encode_videos(self, videos: list[Any]) -> _Candidates:
+    def _encode_videos(self, videos: list[Video]) -> _Candidates:
         outputs = []
         for video in videos:
             (frames,) = self._read_video(video)
@@ -186,7 +192,7 @@ class VideoTextRetrievalPipeline(_VideoTextPipeline):
         self,
         outputs: dict[str, Tensor],
         kind: Literal["text", "video"],
-        candidates: list[Any],
+        candidates: list[str] | list[Video],
         top_k: int | None = None,
     ) -> list[dict[str, Any]]:
         best = _best(outputs["logits"][0], top_k)
@@ -200,8 +206,15 @@ class VideoQuestionAnsweringPipeline(_VideoTextPipeline):
     `processor=...`, too.
     """
 
+    model: TestaForVideoQA
     _model_class = TestaForVideoQA
     _needed_method = "score_answers"
+
+    @overload
+    def __call__(self, video: Video, question: str, **kwargs: Any) -> list[dict]: ...
+
+    @overload
+    def __call__(self, video: Any, question: None = None, **kwargs: Any) -> list[dict] | list[list[dict]]: ...
 
     def __call__(self, video: Any, question: str | None = None, **kwargs: Any) -> list[dict] | list[list[dict]]:
         """Answer each question.
@@ -228,7 +241,8 @@ class VideoQuestionAnsweringPipeline(_VideoTextPipeline):
     def _sanitize_parameters(
         self, candidates: list[str] | None = None, top_k: int | None = None, **generate_kwargs: Any
     ) -> tuple[dict, dict, dict]:
-        forward, postprocess = dict(generate_kwargs), {}
+        forward = generate_kwargs
+        postprocess: dict[str, Any] = {}
         if top_k is not None:
             forward["top_k"] = postprocess["top_k"] = _check_positive(top_k)
         if candidates is not None:
@@ -262,7 +276,7 @@ class VideoQuestionAnsweringPipeline(_VideoTextPipeline):
             return {"logits": self.model.score_answers(**questions, **candidates)}
         if top_k > 1:  # beams in the order of their probability, however long they are
             generate_kwargs = {"num_beams": top_k, "length_penalty": 0.0, **generate_kwargs}
-        output = self.model.generate(
+        output: Any = self.model.generate(  # no tensor, but what tells the scores as well
             **questions,
             num_return_sequences=top_k,
             return_dict_in_generate=True,
@@ -276,7 +290,7 @@ class VideoQuestionAnsweringPipeline(_VideoTextPipeline):
 
     def _probabilities(self, output: Any) -> Tensor:
         """Return the probability of each sequence that was generated."""
-        log_probabilities = self.model.text_decoder.compute_transition_scores(
+        log_probabilities = self.model.text_decoder.compute_transition_scores(  # type: ignore[misc]  # it has `generate`
             output.sequences, output.scores, output.get("beam_indices"), normalize_logits=True
         )
         words = output.sequences[:, -log_probabilities.shape[1] :]
@@ -290,12 +304,14 @@ class VideoQuestionAnsweringPipeline(_VideoTextPipeline):
         if candidates is not None:
             best = _best(outputs["logits"][0], top_k)
             return [{"score": score, "answer": candidates[number]} for score, number in best]
-        answers = self.tokenizer.batch_decode(outputs["ids"][0][:, 1:], skip_special_tokens=True)  # without [DEC]
+        answers = self.processor.tokenizer.batch_decode(
+            outputs["ids"][0][:, 1:], skip_special_tokens=True
+        )  # without [DEC]
         scores = outputs["scores"][0].tolist()
         return [{"score": score, "answer": answer} for score, answer in zip(scores, answers, strict=True)]
 
 
-def _check_list(name: str, candidates: Any):
+def _check_list(name: str, candidates: Any) -> None:
     if not isinstance(candidates, (list, tuple)) or not candidates:
         raise ValueError(f"{name} is {candidates!r}; a list of at least one is needed.")
 

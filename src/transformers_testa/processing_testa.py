@@ -1,6 +1,12 @@
 """Videos and text in, model inputs out."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
+
+from .video_processing_testa import TestaVideoProcessor, Video
 
 
 class TestaProcessor(ProcessorMixin):
@@ -14,17 +20,29 @@ class TestaProcessor(ProcessorMixin):
     text_kwargs = {"truncation": True}
     unused_input_names = ["token_type_ids"]
 
-    def __init__(self, video_processor=None, tokenizer=None, **kwargs):
+    video_processor: TestaVideoProcessor
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        video_processor: TestaVideoProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(video_processor, tokenizer, **kwargs)
 
-    def __call__(self, videos=None, text=None, **kwargs):
+    def __call__(
+        self, videos: Video | Sequence[Video] | None = None, text: str | list[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
         return super().__call__(videos=videos, text=text, **kwargs)
 
-    def longest_text(self, model) -> int:
+    def longest_text(self, model: PreTrainedModel) -> int:
         """Return how many tokens of a text, [CLS] and [SEP] included, the tokenizer and a model take."""
         return min(self.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
 
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         schemas = self.valid_processor_kwargs.__annotations__
         known = {

@@ -20,7 +20,7 @@ from transformers_testa.training import Progress
 from transformers_testa.video_processing_testa import TestaVideoProcessor
 
 
-def set_up_logging(accelerator: Accelerator):
+def set_up_logging(accelerator: Accelerator) -> None:
     """Print what the package reports, on the main process."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("transformers_testa").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -54,13 +54,13 @@ def retrieval_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
                     " / ".join(f"{metrics[f'{prefix}{direction}_recall@{k}']:.1f}" for k in (1, 5, 10))
                     for direction in ("text_to_video", "video_to_text")
                 ]
-                twins = metrics.get(f"{prefix}distractor_accuracy")
-                twins = "–" if twins is None else f"{twins:.1f}"
+                accuracy = metrics.get(f"{prefix}distractor_accuracy")
+                twins = "–" if accuracy is None else f"{accuracy:.1f}"
                 rows.append([f"{split}, {moment}", ranked_by, *recalls, twins, f"{metrics['seconds_per_video']:.3f}"])
     return markdown_table(columns, rows) if rows else ""
 
 
-def report_results(folder: str | Path, table: str, definition: dict[str, Any], progress: Progress):
+def report_results(folder: str | Path, table: str, definition: dict[str, Any], progress: Progress) -> None:
     """Print a table of results with what defines them, and write all that was measured to `results.json`."""
     print(f"\n{table}\n", *(f"{name}: {value}" for name, value in definition.items()), sep="\n")
     summary = {
@@ -149,7 +149,7 @@ def publish(
     recipe: dict[str, Any],
     tag: str,
     figures: list[EvalResult],
-):
+) -> None:
     """Save a trained model and its processor with a model card, as a repository of the Hub has them.
 
     Args:
@@ -180,7 +180,7 @@ def write_model_card(
     definition: dict[str, Any],
     recipe: dict[str, Any],
     metadata: ModelCardData,
-):
+) -> None:
     """Write `README.md` and `recipe.yaml` next to a saved model.
 
     Args:

@@ -18,19 +18,24 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from transformers_testa.baselines import Baseline
 from transformers_testa.gallery import Damage, Gallery, bytes_per_video
 from transformers_testa.merging import count_tokens
 from transformers_testa.metrics import distractor_accuracy, dual_softmax_metrics, retrieval_metrics
+from transformers_testa.modeling_testa import TestaForRetrieval
+from transformers_testa.processing_testa import TestaProcessor
 from transformers_testa.search import EmbeddingIndex
+from transformers_testa.video_processing_testa import Video
 
 
 logger = logging.get_logger(__name__)
+
+RetrievalModel = TestaForRetrieval | Baseline
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
@@ -62,9 +67,9 @@ def find_videos(folder: str | Path) -> list[Path]:
 
 
 def index_videos(
-    model: PreTrainedModel,
-    processor: Any,
-    videos: str | Path | Iterable[str | Path] | Mapping[str, Any],
+    model: TestaForRetrieval,
+    processor: TestaProcessor,
+    videos: str | Path | Iterable[str | Path] | Mapping[str, Video],
     gallery: Gallery,
     batch_size: int = 8,
     decode_threads: int = 4,
@@ -106,9 +111,9 @@ def index_videos(
 
 
 def index_videos_together(
-    model: PreTrainedModel,
-    processor: Any,
-    videos: str | Path | Iterable[str | Path] | Mapping[str, Any],
+    model: TestaForRetrieval,
+    processor: TestaProcessor,
+    videos: str | Path | Iterable[str | Path] | Mapping[str, Video],
     folder: str | Path,
     accelerator: Accelerator,
     dtype: torch.dtype | None = None,
@@ -136,7 +141,8 @@ def index_videos_together(
     """
     videos = _by_id(videos)
     with contextlib.ExitStack() as stack:
-        gallery, plan = None, [None]
+        gallery: Gallery | None = None
+        plan: list[Any] = [None]
         if accelerator.is_main_process:
             gallery = stack.enter_context(Gallery(folder, model, writable=True, dtype=dtype))
             waiting = [video_id for video_id in videos if video_id not in gallery]
@@ -147,7 +153,7 @@ def index_videos_together(
         own = {
             video_id: videos[video_id] for video_id in waiting[accelerator.process_index :: accelerator.num_processes]
         }
-        if accelerator.num_processes == 1:
+        if gallery is not None and accelerator.num_processes == 1:
             return replace(index_videos(model, processor, own, gallery, batch_size), skipped=len(videos) - len(own))
         with Gallery(Path(folder, f"part-{first_part + accelerator.process_index}"), model, True, dtype) as part:
             report = index_videos(model, processor, own, part, batch_size)
@@ -159,7 +165,7 @@ def index_videos_together(
     return IndexReport(sum(report.added for report in reports), len(videos) - len(waiting), failed)
 
 
-def describe_size(model: PreTrainedModel, processor: Any, gallery: Gallery, num_videos: int) -> str:
+def describe_size(model: TestaForRetrieval, processor: TestaProcessor, gallery: Gallery, num_videos: int) -> str:
     """Tell in a sentence what some more videos take on disk, and what is free there."""
     num_tokens = count_tokens(model.config.video_config, processor.video_processor.num_frames)
     each = bytes_per_video(
@@ -187,10 +193,10 @@ class RepairReport:
 
 
 def repair_gallery(
-    model: PreTrainedModel,
-    processor: Any,
+    model: TestaForRetrieval,
+    processor: TestaProcessor,
     gallery: Gallery,
-    videos: Mapping[str, Any] | None = None,
+    videos: Mapping[str, Video] | None = None,
     decode_threads: int = 4,
 ) -> RepairReport:
     """Find the damaged files of a gallery, and make them anew from their videos. What is whole is not touched.
@@ -230,20 +236,20 @@ def repair_gallery(
     return RepairReport(damages, repaired, failed)
 
 
-def _by_id(videos: str | Path | Iterable[str | Path] | Mapping[str, Any]) -> Mapping[str, Any]:
+def _by_id(videos: str | Path | Iterable[str | Path] | Mapping[str, Video]) -> Mapping[str, Video]:
     if isinstance(videos, (str, Path)):
         videos = find_videos(videos)
     return videos if isinstance(videos, Mapping) else {str(path): path for path in videos}
 
 
 def _decode_ahead(
-    processor: Any, videos: dict[str, Any], threads: int, ahead: int
+    processor: TestaProcessor, videos: Mapping[str, Video], threads: int, ahead: int
 ) -> Iterator[tuple[str, Future[Tensor]]]:
-    def decode(video: Any) -> Tensor:
+    def decode(video: Video) -> Tensor:
         return processor(videos=[video], return_tensors="pt")["pixel_values_videos"][0]
 
     with ThreadPoolExecutor(threads) as pool:
-        pending = deque()
+        pending: deque[tuple[str, Future[Tensor]]] = deque()
         try:
             for video_id, video in videos.items():
                 pending.append((video_id, pool.submit(decode, video)))
@@ -266,13 +272,13 @@ def _stack(videos: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(videos.values()))
 
 
-def _add_videos(model: PreTrainedModel, gallery: Gallery, ids: list[str], pixel_values_videos: Tensor) -> None:
+def _add_videos(model: RetrievalModel, gallery: Gallery, ids: list[str], pixel_values_videos: Tensor) -> None:
     output = model.get_video_features(pixel_values_videos=pixel_values_videos.to(model.device))
-    gallery.add(ids, output.pooler_output, output.last_hidden_state)
+    gallery.add(ids, output["pooler_output"], output["last_hidden_state"])
 
 
 @contextlib.contextmanager
-def inference(model: PreTrainedModel) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, without gradients; afterwards each module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -287,11 +293,11 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 # Searching and re-ranking
 
 
-def embed_texts(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, batch_size: int = 64) -> Tensor:
+def embed_texts(model: RetrievalModel, input_ids: Tensor, attention_mask: Tensor, batch_size: int = 64) -> Tensor:
     """Embeddings of texts `[texts, L]`, float32 `[texts, E]`, on the CPU."""
     with inference(model):
         embeddings = [
-            model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output.float().cpu()
+            model.get_text_features(input_ids=ids, attention_mask=mask)["pooler_output"].float().cpu()
             for ids, mask in _text_batches(input_ids, attention_mask, batch_size, model.device)
         ]
     return torch.cat(embeddings)
@@ -324,7 +330,7 @@ class ReadTexts:
         batch_size: texts read at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, batch_size: int = 64):
+    def __init__(self, model: RetrievalModel, input_ids: Tensor, attention_mask: Tensor, batch_size: int = 64):
         self.attention_mask = attention_mask.cpu()
         places = torch.arange(1, input_ids.shape[1] + 1)
         self.lengths = (self.attention_mask.bool() * places).amax(dim=1)
@@ -376,7 +382,7 @@ def plan_matching(
 
 
 def match_texts(
-    model: PreTrainedModel, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, batch_size: int = 64
+    model: RetrievalModel, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor, batch_size: int = 64
 ) -> Tensor:
     """Match many texts with one video, whose cross-attention keys and values are computed once.
 
@@ -395,7 +401,7 @@ def match_texts(
 
 
 def match_scores(
-    model: PreTrainedModel,
+    model: RetrievalModel,
     gallery: Gallery,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -432,7 +438,7 @@ def match_scores(
     return logits
 
 
-def _match_group(model: PreTrainedModel, hidden_states: Tensor, texts: ReadTexts, batches: Iterable[Tensor]) -> Tensor:
+def _match_group(model: RetrievalModel, hidden_states: Tensor, texts: ReadTexts, batches: Iterable[Tensor]) -> Tensor:
     """Logits `[V, texts]` of videos `[V, N, D]` and batches of texts `[V, n]`, by their rows in `texts`."""
     with inference(model):
         cache = model.read_videos_before_matching(hidden_states.to(model.device, model.dtype))
@@ -487,7 +493,12 @@ class VideoSearch:
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, gallery: Gallery, batch_size: int = 64, backend: str = "torch"
+        self,
+        model: TestaForRetrieval,
+        processor: TestaProcessor,
+        gallery: Gallery,
+        batch_size: int = 64,
+        backend: str = "torch",
     ):
         self.model = model
         self.processor = processor
@@ -530,7 +541,7 @@ class VideoSearch:
             ranking = rerank(similarities, rows, logits.view_as(rows))
         return _results(self.gallery.ids, ranking, top_k)
 
-    def search_texts(self, video: Any, texts: list[str], top_k: int = 10, rerank_k: int = 128) -> list[SearchResult]:
+    def search_texts(self, video: Video, texts: list[str], top_k: int = 10, rerank_k: int = 128) -> list[SearchResult]:
         """Find the `top_k` texts for a video: an id of the gallery, or anything the processor takes.
 
         Raises:
@@ -549,7 +560,7 @@ class VideoSearch:
         (results,) = _results(texts, ranking, top_k)
         return results
 
-    def frame_similarities(self, text: str, video: Any) -> Tensor:
+    def frame_similarities(self, text: str, video: Video) -> Tensor:
         """How similar each frame of a video is to a text, float32 `[T]`, as [`TestaForRetrieval.ground`] has it.
 
         A frame has the similarity of its best patch. Frames that were merged as a whole are equal, and one that was
@@ -565,9 +576,9 @@ class VideoSearch:
         tokens = [tensor.to(self.model.device) for tensor in self._tokenize([text])]
         pixels = self.processor(videos=[video], return_tensors="pt")["pixel_values_videos"].to(self.model.device)
         with inference(self.model):
-            return self.model.ground(pixels, *tokens).frame_scores[0].float().cpu()
+            return self.model.ground(pixels, *tokens)["frame_scores"][0].float().cpu()
 
-    def _video_features(self, video: Any) -> tuple[Tensor, Tensor]:
+    def _video_features(self, video: Video) -> tuple[Tensor, Tensor]:
         if isinstance(video, (str, Path)) and str(video) in self.gallery:
             row = self.gallery.row(str(video))
             return self.gallery.embeddings()[row : row + 1], self.gallery.hidden_states([row])
@@ -634,7 +645,7 @@ class RetrievalDetails:
 
 
 def evaluate_retrieval(
-    model: PreTrainedModel,
+    model: RetrievalModel,
     video_batches: Iterable[Mapping[str, Any]],
     text_batches: Iterable[Mapping[str, Any]],
     rerank_k: int = 128,
@@ -681,7 +692,7 @@ def evaluate_retrieval(
         texts = _texts_with_video(found, columns)
 
         video_of_text = torch.tensor([columns[text.video_id] for text in texts])
-        distractors = torch.tensor([columns.get(text.distractor, -1) for text in texts])
+        distractors = torch.tensor([columns.get(text.distractor or "", -1) for text in texts])
         similarities = _compare(model, gallery, texts, embeddings, rows, accelerator)
         if accelerator is not None:
             # All processes must select the same candidates, however their processors round.
@@ -705,7 +716,7 @@ def evaluate_retrieval(
     return metrics, replace(details, text_to_video_scores=forward, video_to_text_scores=backward)
 
 
-def _feature_dtype(model: PreTrainedModel) -> torch.dtype:
+def _feature_dtype(model: RetrievalModel) -> torch.dtype:
     """The dtype that stores what the model computes with nothing lost that it would use."""
     device = model.device.type
     computing = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
@@ -717,10 +728,10 @@ def _gather(rows: list, accelerator: Accelerator | None) -> list:
 
 
 def _embed_video_batches(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], gallery: Gallery, accelerator: Accelerator | None
+    model: RetrievalModel, batches: Iterable[Mapping[str, Any]], gallery: Gallery, accelerator: Accelerator | None
 ) -> tuple[list[str], Tensor, Tensor]:
     """Return the ids of all processes' videos, sorted, their embeddings, and their rows in this gallery or -1."""
-    own_ids = {}
+    own_ids: dict[str, None] = {}
     with inference(model):
         for batch in batches:
             own_ids |= dict.fromkeys(batch["video_id"])
@@ -730,7 +741,7 @@ def _embed_video_batches(
     process = 0 if accelerator is None else accelerator.process_index
     own = [(video_id, process, gallery.row(video_id)) for video_id in own_ids]
     own_embeddings = [gallery.embeddings()[row].clone() for _, _, row in own]
-    holders = {}
+    holders: dict[str, tuple[str, int, int, Tensor]] = {}
     for holder, embedding in zip(_gather(own, accelerator), _gather(own_embeddings, accelerator), strict=True):
         holders.setdefault(holder[0], (*holder, embedding))
     if not holders:
@@ -750,10 +761,10 @@ class _Text:
 
 
 def _embed_text_batches(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], accelerator: Accelerator | None
+    model: RetrievalModel, batches: Iterable[Mapping[str, Any]], accelerator: Accelerator | None
 ) -> list[_Text]:
     """Return the texts of all processes, by index."""
-    own = []
+    own: list[_Text] = []
     for batch in batches:
         input_ids, attention_mask = batch["input_ids"], batch["attention_mask"].bool()
         if "index" not in batch and accelerator is not None and accelerator.num_processes > 1:
@@ -767,7 +778,7 @@ def _embed_text_batches(
             strict=True,
         )
         own += [_Text(*text[:-1], embedding=text[-1].clone()) for text in texts]
-    unique = {}
+    unique: dict[int, _Text] = {}
     for text in _gather(own, accelerator):
         known = unique.setdefault(text.index, text)
         if known.video_id != text.video_id or not known.input_ids.equal(text.input_ids):
@@ -784,14 +795,14 @@ def _texts_with_video(texts: list[_Text], columns: dict[str, int]) -> list[_Text
     if len(kept) < len(texts):
         lost = sorted({text.video_id for text in texts} - columns.keys())
         logger.warning(f"{len(texts) - len(kept)} texts are left out, their videos aren't there: {', '.join(lost)}")
-    lost = sorted({text.distractor for text in kept} - columns.keys() - {None})
+    lost = sorted({text.distractor for text in kept if text.distractor is not None} - columns.keys())
     if lost:
         logger.warning(f"Distractors that aren't there are left out: {', '.join(lost)}")
     return kept
 
 
 def _compare(
-    model: PreTrainedModel,
+    model: RetrievalModel,
     gallery: Gallery,
     texts: list[_Text],
     embeddings: Tensor,
@@ -803,7 +814,7 @@ def _compare(
     With that each process compares the videos it holds.
     """
     text_embeddings = torch.stack([text.embedding for text in texts])
-    if not hasattr(model, "compare"):
+    if isinstance(model, TestaForRetrieval) or not hasattr(model, "compare"):
         with torch.autocast("cpu", enabled=False):  # the caller's autocast is for the model; rounded scores would tie
             return text_embeddings @ embeddings.T
     own_columns = (rows >= 0).nonzero()[:, 0]
@@ -811,7 +822,7 @@ def _compare(
     text_embeddings = text_embeddings.to(model.device, model.dtype)
     with inference(model):
         for place, column in enumerate(own_columns.tolist()):
-            states = gallery.hidden_states([rows[column]]).to(model.device, model.dtype)
+            states = gallery.hidden_states([int(rows[column])]).to(model.device, model.dtype)
             video = embeddings[column : column + 1].to(model.device, model.dtype)
             compared = [model.compare(some, video, states) for some in text_embeddings.split(TEXTS_AT_ONCE)]
             own[:, place] = torch.cat(compared)[:, 0].float().cpu()
@@ -827,7 +838,7 @@ def _top_k_mask(similarities: Tensor, k: int) -> Tensor:
 
 
 def _match_selected(
-    model: PreTrainedModel,
+    model: RetrievalModel,
     gallery: Gallery,
     texts: list[_Text],
     rows: Tensor,

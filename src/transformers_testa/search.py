@@ -48,7 +48,7 @@ class EmbeddingIndex:
         self.embeddings = embeddings
         self.backend = backend
         self.block_size = block_size
-        self._faiss = _import_faiss(backend) if backend != "torch" else None
+        self._faiss: Any = _import_faiss(backend) if backend != "torch" else None  # a module without type hints
         self._clusters = self._cluster(probes) if backend == "faiss-ivf" else None
         self._codes: _Codes | None = None
 

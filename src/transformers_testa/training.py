@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -42,7 +42,7 @@ from transformers_testa.data.datasets import BrokenVideos, VideoQuestionsDataset
 from transformers_testa.data.sampling import EpochBatchSampler, distractor_rows
 from transformers_testa.flops import count_video_gflops
 from transformers_testa.initialization import imitate_trained_attention
-from transformers_testa.modeling_testa import resize_time
+from transformers_testa.modeling_testa import TestaForRetrieval, TestaVideoModel, resize_time
 from transformers_testa.momentum import MomentumTraining
 from transformers_testa.muon import Float32Muon
 from transformers_testa.processing_testa import TestaProcessor
@@ -55,12 +55,16 @@ logger = logging.getLogger(__name__)
 # --- Model and data ----------------------------------------------------------------------------------------------------
 
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+Module = TypeVar("Module", bound=nn.Module)
+
+
 def build_model(
-    model_class: type[PreTrainedModel],
+    model_class: type[Model],
     model_args: ModelArguments,
     data_args: DataArguments,
     gradient_checkpointing: bool = False,
-) -> tuple[PreTrainedModel, TestaProcessor]:
+) -> tuple[Model, TestaProcessor]:
     """Load a model, or make one with new weights, and its processor, with the arguments' settings put into both.
 
     Weights that were trained with another number of frames get resized time embeddings. Temporal scaling, which belongs
@@ -72,7 +76,7 @@ def build_model(
     argument = "model_name_or_path" if model_args.model_name_or_path else "config_name"
     source = getattr(model_args, argument)
     config = load_config(argument, source)
-    if config.model_type != "testa":
+    if not isinstance(config, TestaConfig):
         raise ValueError(f"{source} holds a `{config.model_type}` model; a `testa` model is needed.")
     stored_frames = config.video_config.num_frames
     _override(config.video_config, data_args, "num_frames")
@@ -95,11 +99,15 @@ def build_model(
                 "transformers_testa.conversion ... --from blip --architecture retrieval) and pass the folder as "
                 "model_name_or_path."
             )
-        model = from_blip(model_args.init_from_blip, BLIP_ARCHITECTURES[model_class.__name__], config)
+        blip = from_blip(model_args.init_from_blip, BLIP_ARCHITECTURES[model_class.__name__], config)
+        assert isinstance(blip, model_class)
+        model = blip
     else:
         model = model_class(config)
         if model_args.mimetic_initialization:
-            imitate_trained_attention(model.testa.video_model)
+            for module in model.modules():
+                if isinstance(module, TestaVideoModel):
+                    imitate_trained_attention(module)
     if model_args.attn_implementation:
         model.set_attn_implementation(model_args.attn_implementation)
     if gradient_checkpointing:
@@ -131,9 +139,7 @@ BLIP_ARCHITECTURES = {
 }
 
 
-def _load_model(
-    model_class: type[PreTrainedModel], source: str, config: TestaConfig, stored_frames: int
-) -> PreTrainedModel:
+def _load_model(model_class: type[Model], source: str, config: TestaConfig, stored_frames: int) -> Model:
     if config.video_config.num_frames == stored_frames:
         return model_class.from_pretrained(source, config=config, dtype=torch.float32)
     stored_config = deepcopy(config)
@@ -152,7 +158,7 @@ def _load_model(
     return model.eval()
 
 
-def _plan_within_budget(config: TestaVideoConfig, model_args: ModelArguments):
+def _plan_within_budget(config: TestaVideoConfig, model_args: ModelArguments) -> None:
     config.use_temporal_scaling = False
     merges = plan_merges(config, model_args.keep_ratio, model_args.max_gflops, model_args.merge_schedule)
     config.merged_frames_per_layer, config.merged_patches_per_layer = merges
@@ -162,7 +168,7 @@ def _plan_within_budget(config: TestaVideoConfig, model_args: ModelArguments):
     )
 
 
-def _override(settings: Any, arguments: Any, *names: str):
+def _override(settings: Any, arguments: Any, *names: str) -> None:
     for name in names:
         if getattr(arguments, name) is not None:
             setattr(settings, name, getattr(arguments, name))
@@ -174,12 +180,12 @@ def load_split(data_args: DataArguments, split: str, task: Task = "text") -> lis
     Raises:
         ValueError: No source is given, or it can't be read, or it is for another task.
     """
-    settings = {"video_root": data_args.video_root, "max_words": data_args.max_words}
+    video_root, max_words = data_args.video_root, data_args.max_words
     if not data_args.dataset_name:
         files = getattr(data_args, f"{split}_file")
         if not files:
             raise ValueError(f"{split}_file is missing: the annotations of the {split} split (or pass dataset_name).")
-        return [load_annotations(file, task=task, **settings) for file in files]
+        return [load_annotations(file, video_root, max_words, task) for file in files]
     folders = iter(data_args.data_dir or ())
     columns = dict(column.split("=", 1) for column in data_args.columns or ())
     tables = []
@@ -187,9 +193,10 @@ def load_split(data_args: DataArguments, split: str, task: Task = "text") -> lis
         if name in BENCHMARKS:
             if BENCHMARKS[name].task != task:
                 raise ValueError(f"The data set {name} has no `{task}` annotations but `{BENCHMARKS[name].task}`.")
-            tables.append(load_benchmark(name, next(folders), split, **settings))
+            tables.append(load_benchmark(name, next(folders), split, video_root, max_words))
         elif "/" in name or Path(name).is_dir():
-            tables.append(load_hub_dataset(name, split, columns, data_args.dataset_config_name, task=task, **settings))
+            configuration = data_args.dataset_config_name
+            tables.append(load_hub_dataset(name, split, columns, configuration, video_root, max_words, task))
         else:
             raise ValueError(
                 f"There is no dataset `{name}`; there are {', '.join(BENCHMARKS)}, and data sets of the Hub (owner/name)."
@@ -210,7 +217,7 @@ def video_dataset(
 
     With `questions_per_video` it is one of videos with so many of their questions each.
     """
-    make_dataset = VideoTextDataset
+    make_dataset: Callable[..., VideoTextDataset] = VideoTextDataset
     if questions_per_video:
         make_dataset = partial(VideoQuestionsDataset, questions_per_video=questions_per_video)
     video_processor = deepcopy(video_processor)
@@ -275,8 +282,8 @@ def join_sources(tables: list[datasets.Dataset]) -> datasets.Dataset:
 
 
 def create_objective(
-    model: PreTrainedModel, objective_args: ObjectiveArguments, args: TrainingArguments, sampler: EpochBatchSampler
-) -> PreTrainedModel | MomentumTraining:
+    model: TestaForRetrieval, objective_args: ObjectiveArguments, args: TrainingArguments, sampler: EpochBatchSampler
+) -> TestaForRetrieval | MomentumTraining:
     """Return what is trained: the model itself, or the model with a teacher and queues.
 
     Raises:
@@ -338,7 +345,7 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
     return accelerator
 
 
-def whole_model(model: PreTrainedModel) -> PreTrainedModel:
+def whole_model(model: Module) -> Module:
     """Return the model itself or, where FSDP has split its weights over the processes, a copy with all of them.
 
     All processes have to call this together.
@@ -346,11 +353,11 @@ def whole_model(model: PreTrainedModel) -> PreTrainedModel:
     weights = model.state_dict()
     if not any(isinstance(weight, DTensor) for weight in weights.values()):
         return model
-    whole = type(model)(model.config).to(model.device)
+    whole = type(model)(model.config).eval().to(next(model.parameters()).device)
     whole.load_state_dict(
         {name: weight.full_tensor() if isinstance(weight, DTensor) else weight for name, weight in weights.items()}
     )
-    return whole.eval()
+    return whole
 
 
 def create_optimizers(model: nn.Module, args: TrainingArguments, fused: bool = True) -> list[torch.optim.Optimizer]:
@@ -364,16 +371,16 @@ def create_optimizers(model: nn.Module, args: TrainingArguments, fused: bool = T
     decayed = {id(layer.weight) for layer in layers}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)} - embeddings
-    optimizers = []
+    optimizers: list[torch.optim.Optimizer] = []
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if args.optimizer == "muon":
         of_muon = [parameter for parameter in trained if id(parameter) in matrices]
         trained = [parameter for parameter in trained if id(parameter) not in matrices]
-        settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+        rate, decay = args.learning_rate, args.weight_decay
         optimizers.append(
-            torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw", **settings)
+            torch.optim.Muon(of_muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
             if multiplies_bf16()
-            else Float32Muon(of_muon, **settings)
+            else Float32Muon(of_muon, lr=rate, weight_decay=decay)
         )
     groups = [
         {"params": [parameter for parameter in trained if (id(parameter) in decayed) == decays], "weight_decay": decay}
@@ -404,12 +411,12 @@ def create_scheduler(
 # --- Checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def run_identity(model: PreTrainedModel, dataset: Dataset, *arguments: Any) -> dict[str, Any]:
+def run_identity(model: PreTrainedModel, dataset: VideoTextDataset, *arguments: Any) -> dict[str, Any]:
     """Return what has to be equal for a run to go on from another's checkpoint.
 
     Args:
         model: Its configuration counts.
-        dataset: A [`VideoTextDataset`]; the ids and texts of its rows count, where the files lie doesn't.
+        dataset: The ids and texts of its rows count, where the files lie doesn't.
         arguments: Groups of arguments; those that a group lists as `free` don't count.
     """
     fixed = {
@@ -535,7 +542,7 @@ class Checkpoints:
             ) from error
         return Progress(**{**saved, "broken_videos": BrokenVideos(saved["broken_videos"])})
 
-    def save(self, progress: Progress):
+    def save(self, progress: Progress) -> None:
         """Write a checkpoint aside, rename it, and delete those before the last two, but for the best.
 
         Raises:
@@ -615,6 +622,8 @@ def train(
             keeps the weights from before.
         OSError: A checkpoint can't be written.
     """
+    if args.output_dir is None:
+        raise ValueError("output_dir is missing: the folder where checkpoints go.")
     steps_per_epoch = count_steps_per_epoch(args, sampler)
     num_steps = args.max_train_steps or max(
         1, args.num_train_epochs * sampler.batches_per_epoch // args.gradient_accumulation_steps
@@ -700,7 +709,7 @@ def train(
     return progress
 
 
-def create_loader(dataset: Dataset, collate: Callable[[list], dict], num_workers: int, **kwargs) -> DataLoader:
+def create_loader(dataset: Dataset, collate: Callable[[list], dict], num_workers: int, **kwargs: Any) -> DataLoader:
     """Return a loader that takes no random number from torch's global generator; `kwargs` are the loader's own."""
     return DataLoader(dataset, collate_fn=collate, num_workers=num_workers, generator=torch.Generator(), **kwargs)
 

@@ -10,11 +10,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, TypeGuard
 
 import av
 import numpy as np
+from av.buffer import Buffer
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from transformers.image_utils import PILImageResampling
@@ -145,7 +147,7 @@ class FrameSelection:
     seed: int | None = None
     strict: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.frame_sampling not in FRAME_SAMPLING:
             raise ValueError(
                 f"frame_sampling={self.frame_sampling!r} is unknown. Use one of {', '.join(FRAME_SAMPLING)}."
@@ -171,7 +173,7 @@ class FrameSelection:
             raise VideoDecodingError(
                 f"{timeline.name} lasts {timeline.duration:.2f} seconds, so no clip can start at start={start}."
             )
-        first = _frames_shown_at(timeline, start)
+        first = int(_frames_shown_at(timeline, start))
         stop = max(first + 1, int(np.searchsorted(timeline.times, end - TIME_TOLERANCE_SECONDS)))
         if self.fps is not None:
             count = max(1, int((end - start) * self.fps + TIME_TOLERANCE_SECONDS))
@@ -230,7 +232,10 @@ class PacketIndex:
             return None
         pts = np.array([row[0] for row in rows], dtype=np.int64)
         # Matroska leaves the first decoding timestamps out; seeking goes by the presentation timestamp there.
-        seek_to = np.array([pts if dts is None else min(pts, dts) for pts, dts, *_ in rows], dtype=np.int64)
+        seek_to = np.array(
+            [at if row[1] is None else min(at, row[1]) for at, row in zip(pts.tolist(), rows, strict=True)],
+            dtype=np.int64,
+        )
         decoding_times = [row[1] for row in rows if row[1] is not None]
         is_key, is_discarded = np.array([row[2:4] for row in rows], dtype=bool).T
         size = np.array([row[4] for row in rows])
@@ -261,8 +266,9 @@ class PacketIndex:
         leaves_out = keys > previous + 1
         decoded = np.cumsum(wanted - np.maximum(keys - 1, previous))
         share = decoded[-1] / threads
-        starts, decoded_before = [], 0
-        for position in np.flatnonzero(np.diff(keys, prepend=-1)):
+        starts: list[int] = []
+        decoded_before = 0
+        for position in np.flatnonzero(np.diff(keys, prepend=-1)).tolist():
             if not starts or leaves_out[position] or decoded[position] - decoded_before > share:
                 starts.append(position)
                 decoded_before = decoded[position - 1] if position else 0
@@ -354,7 +360,7 @@ def _frames_by_counting(frames: Iterable[av.VideoFrame], wanted: np.ndarray) -> 
 class DecodedVideoMetadata(VideoMetadata):
     """Metadata of a decoded file; `timestamps` are those of its frames, also where the frame rate varies."""
 
-    frame_times: list[float] | None = None
+    frame_times: list[float] = field(default_factory=list)
 
     @property
     def timestamps(self) -> list[float]:
@@ -396,7 +402,7 @@ class VideoReader:
         """
         deadline = time.monotonic() + self.time_limit
         try:
-            data = self._download(deadline) if _is_url(self.source) else self.source
+            data = self._download(self.source, deadline) if _is_url(self.source) else self.source
             try:
                 return self._read_indexed(data, selection, deadline)
             except (_UnexpectedFrameError, av.InvalidDataError):
@@ -421,9 +427,9 @@ class VideoReader:
                 f"{self.memory_limit / 2**20:.0f} MiB. Raise decoding_memory_limit if this is no mistake of the file."
             )
 
-    def _download(self, deadline: float) -> bytes:
+    def _download(self, address: str, deadline: float) -> bytes:
         try:
-            request = urllib.request.Request(self.source)
+            request = urllib.request.Request(address)
         except ValueError as error:
             raise VideoDecodingError(f"{self.name} is no address: {error}") from error
         opener = urllib.request.build_opener(_WebRedirects)
@@ -436,6 +442,7 @@ class VideoReader:
         return bytes(data)
 
     def _open(self, data: VideoSource, deadline: float) -> av.container.InputContainer:
+        file: _TimedBytes | str
         if isinstance(data, bytes):
             file = _TimedBytes(data, deadline)
         else:
@@ -446,6 +453,7 @@ class VideoReader:
         largest_picture = self.memory_limit / USUAL_BYTES_PER_PIXEL
         return av.open(
             file,
+            mode="r",
             # For the decoders with which FFmpeg looks into the streams, each at one picture.
             options={"max_pixels": str(int(min(largest_picture, MAX_INT)))},
             container_options={"protocol_whitelist": "file", "format_whitelist": SELF_CONTAINED_FORMATS},
@@ -502,11 +510,11 @@ class VideoReader:
         wanted = np.unique(indices)
         runs = index.runs(wanted, threads)
         decoders = int(min(threads, len(runs), affordable))
-        pixels = [None] * len(runs)
+        pixels: list[list[np.ndarray]] = [[] for _ in runs]
         # Whoever is free takes the next run, as they differ in length.
         waiting = iter(enumerate(runs))
 
-        def decode():
+        def decode() -> None:
             with self._open(data, deadline) as container:
                 stream = self._video_stream(container, threads // decoders, decoders)
                 for number, run in waiting:
@@ -554,7 +562,7 @@ class VideoReader:
 
     def _timeline(self, pts: list[int | None], stream: av.VideoStream) -> Timeline:
         rate = float(stream.average_rate or 25)
-        if None in pts:
+        if None in pts or stream.time_base is None:
             times = np.arange(len(pts)) / rate
         else:
             ticks = np.sort(np.array(pts, dtype=np.int64))
@@ -612,7 +620,15 @@ class _TimedBytes(io.BytesIO):
 class _WebRedirects(urllib.request.HTTPRedirectHandler):
     """Follows redirections to http and https only, not to ftp as urllib does."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
         if not _is_url(newurl):
             raise urllib.error.URLError(f"it is redirected to {newurl}, which is neither http nor https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -625,13 +641,13 @@ def _bytes_per_pixel(codec: av.VideoCodecContext, threads: int) -> float:
     return pictures * (codec.format.padded_bits_per_pixel / 8 if codec.format else LARGEST_BYTES_PER_PIXEL)
 
 
-def _is_url(source: VideoSource) -> bool:
+def _is_url(source: VideoSource) -> TypeGuard[str]:
     return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """Return how the display matrix turns a frame: transposed first, then flipped vertically, horizontally."""
-    side_data = frame.side_data.get("DISPLAYMATRIX")
+    side_data: Buffer | None = frame.side_data.get("DISPLAYMATRIX")  # type: ignore[assignment]  # its hints lack this one
     if side_data is None:
         return False, False, False
     (a, b), (c, d) = np.frombuffer(bytes(side_data), dtype=np.int32).reshape(3, 3)[:2, :2]

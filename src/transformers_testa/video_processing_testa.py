@@ -1,11 +1,14 @@
 """Videos in, normalised frames out: choose frames, decode, resize, rescale and normalise."""
 
 import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, PILImageResampling, infer_channel_dimension_format
 from transformers.processing_utils import Unpack, VideosKwargs
@@ -21,6 +24,10 @@ from .video_decoding_testa import (
     VideoReader,
     VideoSource,
 )
+
+
+# A file, its frames as an array, or a list of frames.
+Video = VideoSource | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
 
 
 class TestaVideoProcessorKwargs(VideosKwargs, total=False):
@@ -87,12 +94,13 @@ class TestaVideoProcessor(BaseVideoProcessor):
     strict = False
     decoding_time_limit = DECODING_TIME_LIMIT_SECONDS
     decoding_memory_limit = DECODING_MEMORY_LIMIT_BYTES
-    valid_kwargs = TestaVideoProcessorKwargs
+    decoding_threads: int | None
+    valid_kwargs = TestaVideoProcessorKwargs  # type: ignore[assignment]  # the base class declares those of images
 
     def __init__(self, **kwargs: Unpack[TestaVideoProcessorKwargs]):
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[misc]  # which takes those of `valid_kwargs`
 
-    def preprocess(self, videos, **kwargs: Unpack[TestaVideoProcessorKwargs]) -> BatchFeature:
+    def preprocess(self, videos: Video | Sequence[Video], **kwargs: Unpack[TestaVideoProcessorKwargs]) -> BatchFeature:
         """Return `pixel_values_videos` and, with `return_metadata=True`, one `video_metadata` per video.
 
         Raises:
@@ -105,29 +113,31 @@ class TestaVideoProcessor(BaseVideoProcessor):
         selections = self._selections(len(videos), kwargs)
         threads = kwargs.pop("decoding_threads", None) or self.decoding_threads or available_threads()
         threads_per_video = max(1, threads // len(videos))
-        metadata = kwargs.pop("video_metadata", None)
-        metadata = [None] * len(videos) if metadata is None else make_batched_metadata(videos, metadata)
+        metadata: list[VideoMetadata | None] = [None] * len(videos)
+        if (given := kwargs.pop("video_metadata", None)) is not None:
+            metadata = [*make_batched_metadata(videos, given)]  # type: ignore[arg-type]  # it counts the videos
         input_data_format = kwargs.pop("input_data_format", None)
 
         def load(number: int) -> tuple[torch.Tensor, VideoMetadata]:
-            if isinstance(videos[number], VideoSource):
-                return self._read(videos[number], selections[number], threads_per_video, kwargs)
-            video = _channels_first(videos[number], f"video {number}", input_data_format)
-            return _select_frames(video, f"video {number}", metadata[number], selections[number])
+            video = videos[number]
+            if isinstance(video, VideoSource):
+                return self._read(video, selections[number], threads_per_video, kwargs)
+            frames = _channels_first(video, f"video {number}", input_data_format)
+            return _select_frames(frames, f"video {number}", metadata[number], selections[number])
 
         with ThreadPoolExecutor(threads) as pool:
-            frames, metadata = zip(*pool.map(load, range(len(videos))), strict=True)
+            frames, metadata_of_frames = zip(*pool.map(load, range(len(videos))), strict=True)
         return super().preprocess(
             list(frames),
             **{
                 **kwargs,
                 "do_sample_frames": False,
-                "video_metadata": list(metadata),
+                "video_metadata": list(metadata_of_frames),
                 "input_data_format": ChannelDimension.FIRST,
             },
         )
 
-    def decode(self, video, **kwargs: Unpack[TestaVideoProcessorKwargs]) -> torch.Tensor:
+    def decode(self, video: Video, **kwargs: Unpack[TestaVideoProcessorKwargs]) -> torch.Tensor:
         """Return the chosen frames of one video as uint8 `[T, C, H, W]`: all but rescaling and normalising.
 
         What it returns can be stored, and finished later with `do_sample_frames=False, do_resize=False`.
@@ -139,17 +149,23 @@ class TestaVideoProcessor(BaseVideoProcessor):
         (frames,) = outputs["pixel_values_videos"]
         return frames.contiguous()
 
-    def sample_frames(self, metadata: VideoMetadata, **kwargs) -> np.ndarray:
+    def sample_frames(
+        self,
+        metadata: VideoMetadata,
+        num_frames: int | None = None,
+        fps: int | float | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
         """Return the indices `[T]` that would be sampled from a video with this metadata.
 
         Raises:
             ValueError: where `fps`, `start` or `end` is asked for and the metadata has no `fps`.
         """
-        (selection,) = self._selections(1, {**kwargs, "do_sample_frames": True})
+        (selection,) = self._selections(1, {**kwargs, "num_frames": num_frames, "fps": fps, "do_sample_frames": True})
         return selection.indices(_timeline(metadata.total_num_frames, metadata.fps, "the video", selection))
 
-    def _selections(self, num_videos: int, kwargs: dict) -> list[FrameSelection]:
-        def setting(name: str):
+    def _selections(self, num_videos: int, kwargs: Mapping[str, Any]) -> list[FrameSelection]:
+        def setting(name: str) -> Any:
             return getattr(self, name) if kwargs.get(name) is None else kwargs[name]
 
         def per_video(name: str) -> list:
@@ -185,7 +201,7 @@ class TestaVideoProcessor(BaseVideoProcessor):
         ]
 
     def _read(
-        self, source: VideoSource, selection: FrameSelection, threads: int, kwargs: dict
+        self, source: VideoSource, selection: FrameSelection, threads: int, kwargs: Mapping[str, Any]
     ) -> tuple[torch.Tensor, VideoMetadata]:
         do_resize, resample, size, default_to_square = (
             kwargs.get(name, getattr(self, name)) for name in ("do_resize", "resample", "size", "default_to_square")
@@ -204,7 +220,8 @@ class TestaVideoProcessor(BaseVideoProcessor):
                 return height, width
             # A tensor without memory asks the library's own rule for the size that the frames will have.
             picture = torch.empty(1, 3, height, width, device="meta")
-            return tuple(self.resize(picture, size, resample).shape[-2:])
+            height, width = self.resize(picture, size, resample).shape[-2:]
+            return height, width
 
         size = self._standardize_kwargs(size=size, default_to_square=default_to_square)["size"]
         interpolation = INTERPOLATION[resample] if do_resize else "BICUBIC"
@@ -217,11 +234,11 @@ def available_threads() -> int:
     """Return how many threads may decode in this process: its share of the cores, or one in a `DataLoader`'s worker."""
     if torch.utils.data.get_worker_info() is not None:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _flatten_videos(videos) -> list:
+def _flatten_videos(videos: Video | Sequence[Video]) -> list[VideoSource | np.ndarray | torch.Tensor]:
     """Return a flat list of files and arrays `[T, ...]` from one video, or nested lists of videos."""
     if isinstance(videos, VideoSource):
         return [videos]
@@ -250,7 +267,8 @@ def _channels_first(
         raise ValueError(
             f"{name} has shape {tuple(video.shape)}. Give frames [T, H, W, C] or [T, C, H, W] with C = 1, 3 or 4 channels."
         )
-    layout = input_data_format or infer_channel_dimension_format(video, num_channels=channels)
+    # Of an array it reads the shape alone.
+    layout = input_data_format or infer_channel_dimension_format(video, num_channels=channels)  # type: ignore[arg-type]
     return video.permute(0, 3, 1, 2).contiguous() if layout == ChannelDimension.LAST else video
 
 

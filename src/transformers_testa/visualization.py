@@ -271,7 +271,8 @@ def merged_similarity(
         For each block, the mean cosine similarity of the pairs of its input tokens that it merges, and that of all
         other pairs; NaN where there are none. Tokens are compared as they enter the block; class tokens are left out.
     """
-    merged, apart = [], []
+    merged: list[float] = []
+    apart: list[float] = []
     for states, before, after in zip(hidden_states, token_maps, token_maps[1:], strict=False):
         sums = torch.zeros(4, dtype=torch.float64)  # similarity and number of merged pairs, and of the others
         for tokens, slots, next_slots in zip(states, before.flatten(1), after.flatten(1), strict=True):
@@ -346,7 +347,7 @@ def show_results(
     return contact_sheet(np.stack(strips), captions, columns=1)
 
 
-def save_animation(file: str | Path, pictures: np.ndarray, fps: float = 1.0):
+def save_animation(file: str | Path, pictures: np.ndarray, fps: float = 1.0) -> None:
     """Write pictures as a GIF that repeats or an H.264 video, as the name ends in .gif or .mp4.
 
     Args:
@@ -377,7 +378,7 @@ def save_animation(file: str | Path, pictures: np.ndarray, fps: float = 1.0):
         raise ValueError(f"{file} should end in .gif or .mp4.")
 
 
-def _text_height(text: str, font: ImageFont.FreeTypeFont) -> int:
+def _text_height(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
     """The height of so many lines, whatever their letters: sheets of the same pictures have the same size."""
     tallest = "\n".join("Ág" for _ in text.splitlines())
     return math.ceil(ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), tallest, font, spacing=2)[3])

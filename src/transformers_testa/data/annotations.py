@@ -215,7 +215,7 @@ def missing_field(name: str, row: dict, place: str, note: str = "") -> ValueErro
 
 
 def _check_row(row: dict, number: int, place: str, columns: dict[str, "Column"]) -> dict:
-    checked = {}
+    checked: dict[str, Any] = {}
     for name, column in columns.items():
         value = row.get(name)
         if value is not None:
@@ -239,8 +239,8 @@ def _storable(value: Any) -> Any:
     return value
 
 
-def _check_video_ids(rows: list[dict], places: list[str]):
-    seen = {}
+def _check_video_ids(rows: list[dict], places: list[str]) -> None:
+    seen: dict[str, tuple[tuple, str]] = {}  # by id, the clip and the place of its first row
     for row, place in zip(rows, places, strict=True):
         clip = (row["video"], row["start"], row["end"])
         first, first_place = seen.setdefault(row["video_id"], (clip, place))
@@ -255,8 +255,8 @@ def _check_video_ids(rows: list[dict], places: list[str]):
             raise ValueError(f"{place}: `distractor` {distractor!r} is no other video's `video_id` in this file.")
 
 
-def _check_questions(rows: list[dict], places: list[str]):
-    seen = {}
+def _check_questions(rows: list[dict], places: list[str]) -> None:
+    seen: dict[str, str] = {}
     num_choices = len(rows[0].get("choices", ()))
     for row, place in zip(rows, places, strict=True):
         first_place = seen.setdefault(row["question_id"], place)

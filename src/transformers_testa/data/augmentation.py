@@ -38,7 +38,7 @@ class VideoAugmentation:
     num_ops: int = 2
     magnitude: int = 15
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 1 or self.num_ops < 0:
             raise ValueError(f"size is {self.size} and num_ops {self.num_ops}; at least 1 and 0 are needed.")
         if not 0 <= self.magnitude < _NUM_MAGNITUDES:

@@ -246,11 +246,11 @@ def _read_condensed_movies(folder: Path, split: str) -> tuple[Path, Rows]:
 def _read_activitynetqa(folder: Path, split: str) -> tuple[Path, Rows]:
     file, questions = _read_rows(folder / f"{split}_q.json", "video_name", "question", "question_id")
     answers_file, answers = _read_rows(folder / f"{split}_a.json", "question_id", "answer", "type")
-    answer_of = {}
-    for number, answer in answers:
-        if answer_of.setdefault(str(answer["question_id"]), answer) is not answer:
+    answer_of: dict[str, dict] = {}
+    for number, row in answers:
+        if answer_of.setdefault(str(row["question_id"]), row) is not row:
             raise ValueError(
-                f"{answers_file}, entry {number}: `question_id` {answer['question_id']!r} has an answer already."
+                f"{answers_file}, entry {number}: `question_id` {row['question_id']!r} has an answer already."
             )
     rows = []
     for number, question in questions:
@@ -327,7 +327,7 @@ BENCHMARKS = {
 }
 
 
-def write_similarity_matrix(path: str | Path, similarities: np.ndarray):
+def write_similarity_matrix(path: str | Path, similarities: np.ndarray) -> None:
     """Write the similarities of a test split as the Condensed Movies challenge takes them: an .npy file in a zip.
 
     Args:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -57,7 +58,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+    def __getitem__(self, key: int | tuple[int, int | None]) -> dict:
         """Return a row; `key` is its number, or its number and the seed of its frame sampling and augmentation.
 
         Raises:
@@ -75,7 +76,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         else:
             cached = self.frames[pair_id]
             found = {"error": cached["error"]} if cached["error"] else {"frames": _from_bytes(cached)}
-        if self.augmentation and "frames" in found:
+        if self.augmentation and seed is not None and "frames" in found:
             found["frames"] = self.augmentation(found["frames"], seed)
         return {**row, **found, "index": index, "pair_id": pair_id}
 
@@ -101,10 +102,10 @@ class VideoQuestionsDataset(VideoTextDataset):
         kwargs: The other arguments of [`VideoTextDataset`].
     """
 
-    def __init__(self, table: datasets.Dataset, *args, questions_per_video: int = 1, **kwargs):
+    def __init__(self, table: datasets.Dataset, *args: Any, questions_per_video: int = 1, **kwargs: Any):
         super().__init__(table, *args, **kwargs)
         self.questions_per_video = questions_per_video
-        self.rows_of_video = [[] for _ in self.pair_ids]
+        self.rows_of_video: list[list[int]] = [[] for _ in self.pair_ids]
         for row, video_id in enumerate(table["video_id"]):
             self.rows_of_video[self.pair_ids[video_id]].append(row)
 
@@ -115,7 +116,7 @@ class VideoQuestionsDataset(VideoTextDataset):
         """Return the `video_id` of each of these items."""
         return super().video_ids([self.rows_of_video[row][0] for row in rows])
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+    def __getitem__(self, key: int | tuple[int, int | None]) -> dict:
         """Return a video; `key` is its number, or its number and the seed of its questions, frames and augmentation."""
         number, seed = key if isinstance(key, tuple) else (key, None)
         rows = np.random.default_rng(seed).permutation(self.rows_of_video[number])
@@ -123,12 +124,21 @@ class VideoQuestionsDataset(VideoTextDataset):
         return {**super().__getitem__((self.rows_of_video[number][0], seed)), "questions": questions}
 
 
-def _decode(row: dict, video_processor: TestaVideoProcessor, **settings: int | None) -> dict:
+def _decode(
+    row: dict, video_processor: TestaVideoProcessor, seed: int | None = None, decoding_threads: int | None = None
+) -> dict:
     try:
         if row["video"].lower().endswith(IMAGE_SUFFIXES):
             return {"frames": _static_video(_read_image(row["video"]), video_processor)}
-        clip = {"start": row.get("start"), "end": row.get("end")}
-        return {"frames": video_processor.decode(row["video"], **clip, **settings)}
+        return {
+            "frames": video_processor.decode(
+                row["video"],
+                start=row.get("start"),
+                end=row.get("end"),
+                seed=seed,
+                decoding_threads=decoding_threads,
+            )
+        }
     except VideoDecodingError as error:
         return {"error": str(error)}
 
@@ -150,7 +160,7 @@ def _static_video(image: np.ndarray, video_processor: TestaVideoProcessor) -> to
 
 def distinct_videos(table: datasets.Dataset) -> datasets.Dataset:
     """Return the first row of each video, in the order of their first appearance."""
-    first_rows = {}
+    first_rows: dict[str, int] = {}
     for number, video_id in enumerate(table["video_id"]):
         first_rows.setdefault(video_id, number)
     return table.select(list(first_rows.values()))
@@ -225,7 +235,7 @@ def _from_bytes(cached: dict) -> torch.Tensor:
     return torch.frombuffer(bytearray(cached["frames"]), dtype=torch.uint8).reshape(cached["shape"])
 
 
-def check_answers(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_answer_tokens: int):
+def check_answers(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_answer_tokens: int) -> None:
     """Make sure that no answer of a table is longer than a model may learn: answers are never truncated.
 
     Args:
@@ -236,7 +246,7 @@ def check_answers(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, m
     Raises:
         ValueError: An answer has more.
     """
-    question_of = {}
+    question_of: dict[str, str] = {}
     for question_id, answers in zip(table["question_id"], table["answers"], strict=True):
         for answer in answers:
             question_of.setdefault(answer, question_id)
@@ -249,13 +259,13 @@ def check_answers(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, m
             )
 
 
-def collate_training_samples(samples: list[dict], processor: TestaProcessor, max_words: int) -> dict:
+def collate_training_samples(samples: list[dict], processor: TestaProcessor, max_words: int | None) -> dict:
     """Make a training batch of the samples whose video could be decoded.
 
     Args:
         samples: Items of [`VideoTextDataset`].
         processor: Tokenizes the texts and normalises the frames.
-        max_words: Tokens kept of each text.
+        max_words: Tokens kept of each text; all where None.
 
     Returns:
         `pixel_values_videos` (float `[B, T, C, H, W]`), `input_ids` and `attention_mask` (int64 `[B, N]`), `pair_ids`
@@ -269,13 +279,13 @@ def collate_training_samples(samples: list[dict], processor: TestaProcessor, max
     return batch
 
 
-def collate_question_samples(samples: list[dict], processor: TestaProcessor, max_question_tokens: int) -> dict:
+def collate_question_samples(samples: list[dict], processor: TestaProcessor, max_question_tokens: int | None) -> dict:
     """Make a training batch of questions and their answers, as [`collate_training_samples`] does of texts.
 
     Args:
         samples: Items of a [`VideoTextDataset`] of questions, or of a [`VideoQuestionsDataset`].
         processor: Tokenizes the texts and normalises the frames.
-        max_question_tokens: Tokens kept of each question. Answers are kept whole, see [`check_answers`].
+        max_question_tokens: Tokens kept of each question; all where None. Answers are kept whole, see [`check_answers`].
 
     Returns:
         `pixel_values_videos`, `input_ids` and `attention_mask` (int64 `[Q, N]`, the questions: those of the first
@@ -295,13 +305,13 @@ def collate_question_samples(samples: list[dict], processor: TestaProcessor, max
     return batch
 
 
-def collate_choice_samples(samples: list[dict], processor: TestaProcessor, max_question_tokens: int) -> dict:
+def collate_choice_samples(samples: list[dict], processor: TestaProcessor, max_question_tokens: int | None) -> dict:
     """Make a training batch of multiple-choice questions, as [`collate_training_samples`] does of texts.
 
     Args:
         samples: Items of a [`VideoTextDataset`] of choices, as many in each row, or of a [`VideoQuestionsDataset`].
         processor: Tokenizes the texts and normalises the frames.
-        max_question_tokens: Tokens kept of each text "question? choice".
+        max_question_tokens: Tokens kept of each text "question? choice"; all where None.
 
     Returns:
         `pixel_values_videos`, `input_ids` and `attention_mask` (int64 `[Q, choices, N]`), `labels` (int64 `[Q]`, the
@@ -315,7 +325,7 @@ def collate_choice_samples(samples: list[dict], processor: TestaProcessor, max_q
     return batch
 
 
-def collate_questions(samples: list[dict], processor: TestaProcessor, max_question_tokens: int) -> dict:
+def collate_questions(samples: list[dict], processor: TestaProcessor, max_question_tokens: int | None) -> dict:
     """Make an evaluation batch of questions; their answers stand in the table.
 
     Args:
@@ -332,7 +342,7 @@ def collate_questions(samples: list[dict], processor: TestaProcessor, max_questi
     return batch
 
 
-def collate_choices(samples: list[dict], processor: TestaProcessor, max_question_tokens: int) -> dict:
+def collate_choices(samples: list[dict], processor: TestaProcessor, max_question_tokens: int | None) -> dict:
     """Make an evaluation batch of multiple-choice questions; their labels stand in the table.
 
     Args:
@@ -354,13 +364,13 @@ def collate_videos(samples: list[dict], processor: TestaProcessor) -> dict:
     return batch | _names(decoded, "video_id") if decoded else batch
 
 
-def collate_texts(rows: list[dict], processor: TestaProcessor, max_words: int) -> dict:
+def collate_texts(rows: list[dict], processor: TestaProcessor, max_words: int | None) -> dict:
     """Make a batch of texts.
 
     Args:
         rows: Rows of the annotation table, each with its number as `index`.
         processor: Tokenizes the texts.
-        max_words: Tokens kept of each text.
+        max_words: Tokens kept of each text; all where None.
 
     Returns:
         `input_ids` and `attention_mask` (int64 `[B, N]`), and lists: `video_id`, `distractor` (None where a row names
@@ -394,7 +404,7 @@ def _tokenize(texts: list[str], processor: TestaProcessor, max_tokens: int | Non
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def _tokenize_choices(samples: list[dict], processor: TestaProcessor, max_tokens: int) -> dict:
+def _tokenize_choices(samples: list[dict], processor: TestaProcessor, max_tokens: int | None) -> dict:
     texts = [f"{sample['question'].rstrip('? ')}? {choice}" for sample in samples for choice in sample["choices"]]
     encoded = _tokenize(texts, processor, max_tokens)
     # [B*choices, N] -> [B, choices, N]

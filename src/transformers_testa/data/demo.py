@@ -90,7 +90,7 @@ class DemoArguments:
         default=None, metadata={"help": "Number of processes that draw videos; one for each core if not given."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for split in SPLITS:
             number = getattr(self, f"num_{split}")
             if number < 2 or number % 2:
@@ -160,6 +160,7 @@ def plan_demo(arguments: DemoArguments) -> dict[str, dict[str, Story]]:
 def _build_worlds(arguments: DemoArguments) -> dict[str, World]:
     kinds = _find_kinds(arguments)
     photographs = _find_photographs(arguments.backgrounds) if arguments.backgrounds else ()
+    least, greatest = arguments.seconds_per_scene
     worlds = {}
     for split in SPLITS:
         try:
@@ -168,7 +169,7 @@ def _build_worlds(arguments: DemoArguments) -> dict[str, World]:
                 photographs=photographs,
                 min_scenes=arguments.min_scenes,
                 max_scenes=arguments.max_scenes,
-                seconds_per_scene=tuple(arguments.seconds_per_scene),
+                seconds_per_scene=(least, greatest),
             )
         except ValueError as error:
             raise ValueError(f"The {split} split can't be made: {error}") from error
@@ -342,8 +343,9 @@ def _replace(file: Path, text: str) -> None:
     os.replace(unfinished, file)
 
 
-def main():
-    (arguments,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
+def main() -> None:
+    parser = HfArgumentParser(DemoArguments)  # type: ignore[arg-type]  # it means dataclasses
+    (arguments,) = parser.parse_args_into_dataclasses()
     num_written = make_demo(arguments)
     num_videos = arguments.num_train + arguments.num_validation + arguments.num_test
     if num_written:

@@ -140,7 +140,7 @@ def _with_hard_negatives(
     draws_of = defaultdict(list)
     for draw, row in enumerate(rows):
         draws_of[row].append(draw)
-    taken = set()
+    taken: set[int] = set()
     for draw in draws:
         if draw not in taken:
             others = itertools.chain.from_iterable(draws_of[row] for row in hard_negatives[rows[draw]])
@@ -152,8 +152,9 @@ def _with_hard_negatives(
 def _chain(groups: Iterable[tuple[int, ...]], batch_size: int) -> list[int]:
     """Join rows and pairs of rows to one order whose batches break as few pairs as possible."""
     groups = list(groups)
-    singles = deque(group for group in groups if len(group) == 1)
-    placed, order = set(), []
+    singles: deque[tuple[int, ...]] = deque(group for group in groups if len(group) == 1)
+    placed: set[tuple[int, ...]] = set()
+    order: list[int] = []
     for group in groups:
         if group in placed:
             continue

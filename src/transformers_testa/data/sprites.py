@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,11 +36,11 @@ CANVAS = 128
 MARGIN = 4
 
 
-def _polygon(*points: tuple[float, float]):
+def _polygon(*points: tuple[float, float]) -> Callable[[ImageDraw.ImageDraw], None]:
     return lambda draw: draw.polygon([(x * CANVAS, y * CANVAS) for x, y in points], fill=255)
 
 
-def _star(draw: ImageDraw.ImageDraw):
+def _star(draw: ImageDraw.ImageDraw) -> None:
     corners = []
     for corner in range(10):
         radius, angle = (0.5 if corner % 2 == 0 else 0.21), math.pi * corner / 5
@@ -47,28 +48,28 @@ def _star(draw: ImageDraw.ImageDraw):
     _polygon(*corners)(draw)
 
 
-def _heart(draw: ImageDraw.ImageDraw):
+def _heart(draw: ImageDraw.ImageDraw) -> None:
     angles = np.linspace(0, 2 * np.pi, 100)
     x = 16 * np.sin(angles) ** 3
     y = 13 * np.cos(angles) - 5 * np.cos(2 * angles) - 2 * np.cos(3 * angles) - np.cos(4 * angles)
     _polygon(*zip(0.5 + x / 35, 0.47 - y / 35, strict=True))(draw)
 
 
-def _ellipse(draw: ImageDraw.ImageDraw, left: float, top: float, right: float, bottom: float, fill: int = 255):
+def _ellipse(draw: ImageDraw.ImageDraw, left: float, top: float, right: float, bottom: float, fill: int = 255) -> None:
     draw.ellipse([CANVAS * side for side in (left, top, right, bottom)], fill=fill)
 
 
-def _ring(draw: ImageDraw.ImageDraw):
+def _ring(draw: ImageDraw.ImageDraw) -> None:
     _ellipse(draw, 0.02, 0.02, 0.98, 0.98)
     _ellipse(draw, 0.3, 0.3, 0.7, 0.7, fill=0)
 
 
-def _moon(draw: ImageDraw.ImageDraw):
+def _moon(draw: ImageDraw.ImageDraw) -> None:
     _ellipse(draw, 0.02, 0.02, 0.98, 0.98)
     _ellipse(draw, 0.36, -0.02, 1.12, 0.74, fill=0)
 
 
-def _cross(draw: ImageDraw.ImageDraw):
+def _cross(draw: ImageDraw.ImageDraw) -> None:
     _polygon((0.34, 0.02), (0.66, 0.02), (0.66, 0.98), (0.34, 0.98))(draw)
     _polygon((0.02, 0.34), (0.98, 0.34), (0.98, 0.66), (0.02, 0.66))(draw)
 
@@ -144,7 +145,7 @@ def cutout_kinds(folder: str | Path) -> dict[str, tuple[ObjectKind, ...]]:
             f"{len(uncaptioned)} of {len(paths)} PNG files below {folder} have no caption in a .txt file beside them, "
             f"{uncaptioned[0]} for one: left out."
         )
-    pictures = {split: defaultdict(list) for split in SPLITS}
+    pictures: dict[str, dict[str, list[str]]] = {split: defaultdict(list) for split in SPLITS}
     for path in readable_images([path for path in paths if captions[path]]):
         pictures[_split_of(path.relative_to(folder).as_posix())][captions[path]].append(str(path))
     if not any(pictures.values()):
@@ -175,15 +176,15 @@ def _is_image(path: Path) -> bool:
     return True
 
 
-def _read_caption(path: Path) -> str | None:
-    """The noun of a caption: "A grey wolf." becomes "grey wolf"."""
+def _read_caption(path: Path) -> str:
+    """The noun of a caption: "A grey wolf." becomes "grey wolf"; nothing where there is no caption."""
     if not path.is_file():
-        return None
+        return ""
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     words = lines[0].split(".")[0].split() if lines else []
     if words and words[0].lower() in ("a", "an", "the"):
         words = words[1:]
-    return " ".join(words) or None
+    return " ".join(words)
 
 
 def _split_of(key: str) -> str:

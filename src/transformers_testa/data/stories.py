@@ -75,9 +75,9 @@ class Scene:
         background: What is behind them.
         seconds: Length of the scene.
         lane: Where the path of a moving object lies, across its direction, between 0 and 1.
-        direction: Of the motion, one of `DIRECTIONS`, where the action is "enter", "leave" or "move".
+        direction: Of the motion, one of `DIRECTIONS`, where the action is "enter", "leave" or "move"; else empty.
         count: How many copies of the object there are, more than one where they "gather".
-        new_color: Color at the end, where the action is "turn".
+        new_color: Color at the end, where the action is "turn"; else empty.
     """
 
     action: str
@@ -85,9 +85,9 @@ class Scene:
     background: Background
     seconds: float
     lane: float
-    direction: str | None = None
+    direction: str = ""
     count: int = 1
-    new_color: str | None = None
+    new_color: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class World:
     max_scenes: int = 12
     seconds_per_scene: tuple[float, float] = (2.0, 4.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 3 <= self.min_scenes <= self.max_scenes:
             raise ValueError(
                 f"min_scenes={self.min_scenes} and max_scenes={self.max_scenes} should be at least 3 and in this order."
@@ -157,9 +157,9 @@ def twin_of(story: Story, rng: random.Random) -> Story:
     return Story(tuple(story.scenes[scene] for scene in order))
 
 
-def _plan_scene(world: World, taken: set, rng: random.Random) -> Scene:
+def _plan_scene(world: World, taken: set[tuple[str, str | None]], rng: random.Random) -> Scene:
     action = rng.choice(world.actions)
-    new_color = None
+    new_color: str | None = None
     if action == "turn":
         kind, (color, new_color) = _pick_look(world.kinds, taken, rng, num_colors=2)
         looks = [(kind, color)]
@@ -172,13 +172,15 @@ def _plan_scene(world: World, taken: set, rng: random.Random) -> Scene:
         background=_plan_background(world.photographs, rng),
         seconds=rng.uniform(*world.seconds_per_scene),
         lane=rng.uniform(0.3, 0.7),
-        direction=rng.choice(DIRECTIONS) if action in ("enter", "leave", "move") else None,
+        direction=rng.choice(DIRECTIONS) if action in ("enter", "leave", "move") else "",
         count=rng.choice(GROUP_SIZES) if action == "gather" else 1,
-        new_color=new_color,
+        new_color=new_color or "",
     )
 
 
-def _pick_look(kinds, taken: set, rng: random.Random, num_colors: int = 1) -> tuple[ObjectKind, list[str | None]]:
+def _pick_look(
+    kinds: tuple[ObjectKind, ...], taken: set[tuple[str, str | None]], rng: random.Random, num_colors: int = 1
+) -> tuple[ObjectKind, list[str | None]]:
     """A kind and so many of its colors that the story has not shown yet."""
     weights = [kind.weight for kind in kinds]
     while True:

@@ -102,7 +102,7 @@ LAST_WORDS = ("finally,", "at last,", "in the end,", "to finish,", "at the very 
 
 def tell(story: Story, rng: random.Random) -> str:
     """The paragraph of a story: one sentence a scene, in order, in wording that `rng` varies."""
-    position_words = [MIDDLE_WORDS] * len(story.scenes)
+    position_words: list[tuple[str, ...]] = [MIDDLE_WORDS] * len(story.scenes)
     if len(story.scenes) > 1:
         position_words[0], position_words[-1] = FIRST_WORDS, LAST_WORDS
     return " ".join(_sentence(scene, words, rng) for scene, words in zip(story.scenes, position_words, strict=True))
