@@ -49,7 +49,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"transformers_testa": ["py.typed"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.15",
         "av>=18.0",
