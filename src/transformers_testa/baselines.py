@@ -31,8 +31,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import ChannelDimension
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from transformers_testa.hub import load_config
 from transformers_testa.processing_testa import TestaProcessor
-from transformers_testa.training import load_config
 from transformers_testa.video_decoding_testa import FrameSelection, VideoSource
 from transformers_testa.video_processing_testa import TestaVideoProcessor
 

@@ -72,6 +72,20 @@ model = {model_line}
 """
 
 
+def load_config(argument: str, source: str) -> PreTrainedConfig:
+    """Load the configuration of a folder or of a repository of the Hub, which `argument` named.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"{argument} is {source!r}, which is no folder with a config.json, nor can it be had from the Hub: {error}"
+        ) from error
+
+
 def register_auto_classes() -> None:
     """Tell the auto classes of Transformers about the configurations, models and processors of this package."""
     for config_class, classes in AUTO_CLASSES.items():

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from transformers_testa.arguments import (
     DataArguments,
@@ -41,6 +41,7 @@ from transformers_testa.data.benchmarks import BENCHMARKS, load_benchmark, load_
 from transformers_testa.data.datasets import BrokenVideos, VideoQuestionsDataset, VideoTextDataset, cache_frames
 from transformers_testa.data.sampling import EpochBatchSampler, distractor_rows
 from transformers_testa.flops import count_video_gflops
+from transformers_testa.hub import load_config
 from transformers_testa.initialization import imitate_trained_attention
 from transformers_testa.modeling_testa import TestaForRetrieval, TestaVideoModel, resize_time
 from transformers_testa.momentum import MomentumTraining
@@ -116,20 +117,6 @@ def build_model(
     _override(processor.video_processor, data_args, "num_frames", "frame_sampling")
     _override(processor.video_processor, data_args, "decoding_time_limit", "decoding_memory_limit")
     return model, processor
-
-
-def load_config(argument: str, source: str) -> PreTrainedConfig:
-    """Load the configuration of a folder or of a repository of the Hub, which `argument` named.
-
-    Raises:
-        ValueError: There is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(
-            f"{argument} is {source!r}, which is no folder with a config.json, nor can it be had from the Hub: {error}"
-        ) from error
 
 
 BLIP_ARCHITECTURES = {
