@@ -133,7 +133,9 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int],
 
     First all lessons on clips, then what is trained on stories, then what is evaluated off the shelf.
     """
-    trained = [row for row in ROWS if row.is_trained and (row in rows or (row is UNMERGED and not _all_trained(rows)))]
+    off_the_shelf = [row for row in rows if not row.is_trained]
+    needed = [UNMERGED, *rows] if off_the_shelf else rows
+    trained = [row for row in ROWS if row.is_trained and row in needed]
     lessons = sorted({row.attention_type for row in trained})
     stages = (
         {(name, seed): partial(run_clips, name, seed, args) for seed in args.seeds for name in lessons},
@@ -141,8 +143,7 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int],
         {
             (row.name, seed): partial(run_off_the_shelf, row, seed, args)
             for seed in args.seeds
-            for row in rows
-            if not row.is_trained
+            for row in off_the_shelf
         },
     )
     results = {}
@@ -156,10 +157,6 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int],
                     results[runs[run]] = run.result()
                     progress.update()
     return results
-
-
-def _all_trained(rows: list[Row]) -> bool:
-    return all(row.is_trained for row in rows)
 
 
 def run_clips(attention_type: str, seed: int, args: argparse.Namespace, threads: int):
@@ -179,18 +176,10 @@ def run_stories(row: Row, seed: int, args: argparse.Namespace, threads: int) -> 
     folder = args.output_dir / f"seed{seed}"
     start = with_changes(folder / f"clips, {row.attention_type}", row)
     return _run(
-        *(
-            threads,
-            folder / row.name,
-            RECIPES / "recipe.yaml",
-            "--model_name_or_path",
-            start,
-            "--num_frames",
-            NUM_FRAMES,
-        ),
+        *(threads, folder / row.name, RECIPES / "recipe.yaml", "--model_name_or_path", start),
+        *("--num_frames", NUM_FRAMES, *_as_options(row)),
         *("--seed", seed, "--max_train_steps", args.story_steps, "--train_file", args.data_dir / "train.jsonl"),
         *("--validation_file", args.data_dir / "validation.jsonl", "--test_file", args.data_dir / "test.jsonl"),
-        *_as_options(row),
     )
 
 

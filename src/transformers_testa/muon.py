@@ -33,10 +33,8 @@ class Float32Muon(torch.optim.Muon):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalise(
-                    *(parameter.grad.lerp(mean, group["momentum"]), group["ns_coefficients"]),
-                    *(group["ns_steps"], group["eps"]),
-                )
+                update = parameter.grad.lerp(mean, group["momentum"])
+                update = orthogonalise(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-0.2 * group["lr"] * max(parameter.shape) ** 0.5)
         return loss

@@ -14,7 +14,7 @@ import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -302,12 +302,12 @@ def _ask_about_clips(stories: dict[str, Story], arguments: DemoArguments, name: 
 
 def _cut_clip(video_id: str, story: Story, first: int, num_scenes: int, clip_id: str, fps: int) -> tuple[Story, dict]:
     """Scenes in a row, and the columns that name their part of the video: from when the first begins to the last's end."""
-    frames = [count_frames(scene, fps) for scene in story.scenes]
+    beginnings = _beginnings(story, fps)
     video = {
         "video": _video_file(video_id),
         "video_id": clip_id,
-        "start": sum(frames[:first]) / fps,
-        "end": sum(frames[: first + num_scenes]) / fps,
+        "start": beginnings[first] / fps,
+        "end": beginnings[first + num_scenes] / fps,
     }
     return Story(story.scenes[first : first + num_scenes]), video
 
@@ -317,19 +317,23 @@ def _cut_moments(clip: Story, story: Story, first: int, fps: int, rng: random.Ra
 
     None where chance finds none: two moments near the video's beginning or end leave no room around them.
     """
-    frames = [count_frames(scene, fps) for scene in story.scenes]
+    beginnings = _beginnings(story, fps)
     for _ in range(20):
         moments = [
-            sum(frames[: first + number])
-            + int(rng.uniform(*IN_PICTURE.get(scene.action, (0.0, 1.0))) * (count_frames(scene, fps) - 1))
-            for number, scene in enumerate(clip.scenes)
+            beginning + int(rng.uniform(*IN_PICTURE.get(scene.action, (0.0, 1.0))) * (count_frames(scene, fps) - 1))
+            for beginning, scene in zip(beginnings[first:], clip.scenes, strict=False)
         ]
         # The middle of a half is a fourth of the part from its beginning, rounded down.
         num_frames = 1 if len(moments) == 1 else 2 * (moments[1] - moments[0])
         start = moments[0] - num_frames // 4
-        if start >= 0 and start + num_frames <= sum(frames):
+        if start >= 0 and start + num_frames <= beginnings[-1]:
             return {"start": start / fps, "end": (start + num_frames) / fps}
     return None
+
+
+def _beginnings(story: Story, fps: int) -> list[int]:
+    """The number of each scene's first frame, and how many frames there are in all."""
+    return [0, *accumulate(count_frames(scene, fps) for scene in story.scenes)]
 
 
 def _write_lines(file: Path, rows: list[dict]) -> None:
