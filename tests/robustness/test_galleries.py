@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
+from filelock import FileLock
 from retrieval_world import tiny_config, tiny_processor
 from video_files import write_video
 
 from transformers_testa import TestaForRetrieval
-from transformers_testa.gallery import Gallery
+from transformers_testa.gallery import LOCK, Gallery
 from transformers_testa.retrieval import index_videos, index_videos_together, repair_gallery
 from transformers_testa.search import EmbeddingIndex
 
@@ -106,6 +107,13 @@ def fill_together(model, videos, folder):
     index_videos_together(model, tiny_processor(), videos, folder, Accelerator(cpu=True), batch_size=2)
 
 
+def wait_until_unlocked(folder):
+    """Only the launcher can be joined: the kernel may still be closing the files of what it started."""
+    for lock in folder.rglob(LOCK):
+        with FileLock(lock, timeout=60):
+            pass
+
+
 def launch_two(model, videos, folder):
     debug_launcher(fill_together, args=(model, videos, folder), num_processes=2)
 
@@ -117,6 +125,7 @@ def test_what_two_killed_processes_embedded_is_taken_over(tmp_path, model, video
         assert time.monotonic() < deadline
         time.sleep(0.005)
     kill(process)
+    wait_until_unlocked(tmp_path)
     with Gallery(tmp_path, model, writable=True) as survived:
         assert 2 <= len(survived) < VIDEOS
         survived.verify()
