@@ -4,10 +4,11 @@
     python benchmarks/ablation.py --data_dir demo_stories --output_dir runs/ablation
     python benchmarks/ablation.py --data_dir demo_stories --output_dir runs/ablation --rows none "trained, both" --seeds 0
 
-A row is a configuration of the video encoder. Rows "off the shelf" evaluate the weights that were trained without
-aggregation; the others are trained, with the same steps. All with divided attention share the first lesson, on clips. Each
-run is one of run_retrieval.py in a folder of its own, with its log: the command goes on where it was when it is given
-again. Budgets are near 57 % of the GFLOPs without aggregation; each row says its own.
+A row is a configuration of the video encoder. All rows with one kind of attention share two lessons without merging, on
+clips and on stories of 12 frames, as the paper's share their pre-training. Then each is trained for the same steps on 24
+frames, merging as it says. Rows "off the shelf" merge with the weights of the row "none", without training. Each run is one of
+run_retrieval.py in a folder of its own, with its log: the command goes on where it was when it is given again. Budgets are
+near 57 % of the GFLOPs without aggregation; each row says its own.
 """
 
 import argparse
@@ -105,8 +106,9 @@ def main(arguments: list[str] | None = None):
     names = [row.name for row in ROWS]
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="Which rows; else all.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="One training each.")
-    parser.add_argument("--clip_steps", type=int, default=600, help="Steps of the first lesson, on clips.")
-    parser.add_argument("--story_steps", type=int, default=550, help="Steps of the second, on stories.")
+    parser.add_argument("--clip_steps", type=int, default=600, help="Steps of the lesson on clips, without merging.")
+    parser.add_argument("--story_steps", type=int, default=400, help="Steps of the lesson on stories, without merging.")
+    parser.add_argument("--row_steps", type=int, default=150, help="Steps of each row, on stories, as it merges.")
     parser.add_argument(
         "--processes",
         type=int,
@@ -131,15 +133,15 @@ def main(arguments: list[str] | None = None):
 def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
     """Train and evaluate what isn't there yet; return the metrics of the test split by row and seed.
 
-    First all lessons on clips, then what is trained on stories, then what is evaluated off the shelf.
+    First the lessons, then the rows that are trained, then those off the shelf.
     """
     off_the_shelf = [row for row in rows if not row.is_trained]
     needed = [UNMERGED, *rows] if off_the_shelf else rows
     trained = [row for row in ROWS if row.is_trained and row in needed]
     lessons = sorted({row.attention_type for row in trained})
     stages = (
-        {(name, seed): partial(run_clips, name, seed, args) for seed in args.seeds for name in lessons},
-        {(row.name, seed): partial(run_stories, row, seed, args) for seed in args.seeds for row in trained},
+        {(name, seed): partial(run_lessons, name, seed, args) for seed in args.seeds for name in lessons},
+        {(row.name, seed): partial(run_trained, row, seed, args) for seed in args.seeds for row in trained},
         {
             (row.name, seed): partial(run_off_the_shelf, row, seed, args)
             for seed in args.seeds
@@ -159,26 +161,35 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int],
     return results
 
 
-def run_clips(attention_type: str, seed: int, args: argparse.Namespace, threads: int):
-    """Train the first lesson, without merging."""
+def run_lessons(attention_type: str, seed: int, args: argparse.Namespace, threads: int):
+    """Train on clips, then on stories, without merging."""
     folder = args.output_dir / f"seed{seed}"
-    lesson = Row(f"clips, {attention_type}", "", {"attention_type": attention_type})
-    start = with_changes(RECIPES, lesson, folder / "configurations")
+    lessons = _lessons(folder, attention_type)
+    untrained = Row(lessons[0].name, "", {"attention_type": attention_type})
+    shared = ("--seed", seed, "--do_eval", False, "--do_predict", False)
     _run(
-        *(threads, folder / lesson.name, RECIPES / "recipe_clips.yaml", "--config_name", start, "--seed", seed),
+        *(threads, lessons[0], RECIPES / "recipe_clips.yaml", *shared, "--eval_before_training", False),
+        *("--config_name", with_changes(RECIPES, untrained, folder / "configurations")),
         *("--train_file", args.data_dir / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
-        *("--eval_before_training", False, "--do_predict", False),
+    )
+    _run(
+        *(threads, lessons[1], RECIPES / "recipe.yaml", *shared, "--model_name_or_path", lessons[0]),
+        *("--train_file", args.data_dir / "train.jsonl", "--max_train_steps", args.story_steps),
     )
 
 
-def run_stories(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
-    """Train the second lesson as the row merges, and return the metrics of the test split."""
+def _lessons(folder: Path, attention_type: str) -> list[Path]:
+    return [folder / f"{lesson}, {attention_type}" for lesson in ("clips", "stories")]
+
+
+def run_trained(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
+    """Train as the row merges, and return the metrics of the test split."""
     folder = args.output_dir / f"seed{seed}"
-    start = with_changes(folder / f"clips, {row.attention_type}", row)
+    start = with_changes(_lessons(folder, row.attention_type)[-1], row)
     return _run(
         *(threads, folder / row.name, RECIPES / "recipe.yaml", "--model_name_or_path", start),
         *("--num_frames", NUM_FRAMES, *_as_options(row)),
-        *("--seed", seed, "--max_train_steps", args.story_steps, "--train_file", args.data_dir / "train.jsonl"),
+        *("--seed", seed, "--max_train_steps", args.row_steps, "--train_file", args.data_dir / "train.jsonl"),
         *("--validation_file", args.data_dir / "validation.jsonl", "--test_file", args.data_dir / "test.jsonl"),
     )
 
@@ -195,7 +206,7 @@ def run_off_the_shelf(row: Row, seed: int, args: argparse.Namespace, threads: in
 
 
 def _as_options(row: Row) -> list[Any]:
-    """Merges are options of the script, and not in the folder it starts from: that has fewer frames to merge."""
+    """Merges are options of the script, and not in the folder it starts from: that may have fewer frames to merge."""
     options = []
     for name in _merges(0, 0):
         value = row.changes.get(name, 0)

@@ -58,8 +58,9 @@ def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there
     make_demo(demo)
     ablation = importlib.import_module("ablation")
     rows = ("none", "off the shelf, geometry")
-    steps = ("--clip_steps", "2", "--story_steps", "2", "--seeds", "0", "--report", str(tmp_path / "results.md"))
-    command = ["--data_dir", demo.output_dir, "--output_dir", str(tmp_path / "runs"), *steps, "--rows", *rows]
+    steps = ("--clip_steps", "2", "--story_steps", "2", "--row_steps", "2")
+    options = (*steps, "--seeds", "0", "--report", str(tmp_path / "results.md"))
+    command = ["--data_dir", demo.output_dir, "--output_dir", str(tmp_path / "runs"), *options, "--rows", *rows]
     ablation.main(command)
     first = json.loads((tmp_path / "runs" / "ablation.json").read_text())["results"]
     assert [entry["row"] for entry in first] == list(rows)
@@ -67,4 +68,4 @@ def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there
     assert "Recall against GFLOPs" in (tmp_path / "results.md").read_text() and (tmp_path / "results.png").is_file()
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
     ablation.main(command)
-    assert {file: file.stat().st_mtime_ns for file in written} == written and len(written) == 3
+    assert {file: file.stat().st_mtime_ns for file in written} == written and len(written) == 4
