@@ -107,7 +107,9 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="Which rows; else all.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="One training each.")
     parser.add_argument("--clip_steps", type=int, default=600, help="Steps of the lesson on clips, without merging.")
-    parser.add_argument("--story_steps", type=int, default=400, help="Steps of the lesson on stories, without merging.")
+    parser.add_argument(
+        "--story_steps", type=int, default=400, help="Steps of the lesson on stories, without merging."
+    )
     parser.add_argument("--row_steps", type=int, default=150, help="Steps of each row, on stories, as it merges.")
     parser.add_argument(
         "--processes",

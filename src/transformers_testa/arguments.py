@@ -95,7 +95,8 @@ class DataArguments:
     """Which videos and texts, and what is taken of them."""
 
     free: ClassVar[tuple[str, ...]] = (
-        *("dataset_name", "dataset_config_name", "columns", "data_dir", "video_root", "cache_frames"),
+        *("dataset_name", "dataset_config_name", "columns", "data_dir", "video_root"),
+        *("cache_frames", "cache_videos"),
         *("decoding_time_limit", "decoding_memory_limit"),
         *("train_file", "validation_file", "test_file"),
     )
@@ -138,7 +139,13 @@ class DataArguments:
     decoding_memory_limit: int | None = field(
         default=None, metadata={"help": "Bytes that reading a video may take; else the processor's number."}
     )
-    cache_frames: bool = field(default=False, metadata={"help": "Decode each video once, into a file on disk."})
+    cache_frames: bool = field(
+        default=False, metadata={"help": "Decode the chosen frames of each video once, into a file on disk."}
+    )
+    cache_videos: bool = field(
+        default=False,
+        metadata={"help": "Decode each video once and whole, into a file on disk: for many clips of short videos."},
+    )
     crop_from: int | None = field(
         default=None,
         metadata={"help": "In training, resize frames to this height and width, and crop at random from there."},
@@ -167,6 +174,10 @@ class DataArguments:
         num_sources = len(self.dataset_name or self.train_file or [])
         if self.train_weights and len(self.train_weights) != num_sources:
             raise ValueError(f"train_weights has {len(self.train_weights)} numbers for {num_sources} sources.")
+        if self.cache_frames and self.cache_videos:
+            raise ValueError(
+                "Give either cache_frames or cache_videos: whole videos hold the chosen frames, and all others."
+            )
 
 
 @dataclass

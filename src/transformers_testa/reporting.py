@@ -119,7 +119,9 @@ def describe_run(
         "text": f"the first {data_args.max_words} words",
         **_describe_encoder(evaluator.model, videos),
         "computed on": f"{device_name}, {accelerator.num_processes} processes, mixed precision {args.mixed_precision}",
-        "seconds per video": "encoding alone, frames cached" if data_args.cache_frames else "decoding and encoding",
+        "seconds per video": "encoding alone, frames cached"
+        if data_args.cache_frames or data_args.cache_videos
+        else "decoding and encoding",
         "training": f"{progress.step} steps of {batch} samples, seed {args.seed}"
         if progress.step
         else "none in this run",

@@ -38,7 +38,13 @@ from transformers_testa.conversion import from_blip
 from transformers_testa.data.annotations import Task, load_annotations
 from transformers_testa.data.augmentation import VideoAugmentation
 from transformers_testa.data.benchmarks import BENCHMARKS, load_benchmark, load_hub_dataset
-from transformers_testa.data.datasets import BrokenVideos, VideoQuestionsDataset, VideoTextDataset, cache_frames
+from transformers_testa.data.datasets import (
+    BrokenVideos,
+    VideoQuestionsDataset,
+    VideoTextDataset,
+    cache_frames,
+    cache_videos,
+)
 from transformers_testa.data.sampling import EpochBatchSampler, distractor_rows
 from transformers_testa.flops import count_video_gflops
 from transformers_testa.hub import load_config
@@ -216,10 +222,11 @@ def video_dataset(
             augmentation = VideoAugmentation(size, data_args.random_flip, data_args.rand_augment_ops)
             larger = data_args.crop_from or size
             video_processor.size = type(video_processor.size)(height=larger, width=larger)
-    if not data_args.cache_frames:
+    if not (data_args.cache_frames or data_args.cache_videos):
         return make_dataset(table, video_processor, augmentation=augmentation)
+    cache = cache_videos if data_args.cache_videos else cache_frames
     with accelerator.main_process_first():
-        frames = cache_frames(table, video_processor, num_proc=args.num_workers or None)
+        frames = cache(table, video_processor, num_proc=args.num_workers or None)
     return make_dataset(table, video_processor, frames, augmentation)
 
 

@@ -164,6 +164,15 @@ class TestaVideoProcessor(BaseVideoProcessor):
         (selection,) = self._selections(1, {**kwargs, "num_frames": num_frames, "fps": fps, "do_sample_frames": True})
         return selection.indices(_timeline(metadata.total_num_frames, metadata.fps, "the video", selection))
 
+    def choose_frames(self, timeline: Timeline, **kwargs: Any) -> np.ndarray:
+        """Return the indices `[T]` that would be sampled from a video whose frames are shown at these times.
+
+        Raises:
+            ValueError, VideoDecodingError: as for [`~TestaVideoProcessor.preprocess`].
+        """
+        (selection,) = self._selections(1, kwargs)
+        return selection.indices(timeline)
+
     def _selections(self, num_videos: int, kwargs: Mapping[str, Any]) -> list[FrameSelection]:
         def setting(name: str) -> Any:
             return getattr(self, name) if kwargs.get(name) is None else kwargs[name]

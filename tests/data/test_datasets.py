@@ -1,3 +1,4 @@
+import itertools
 import logging
 import os
 from functools import partial
@@ -18,6 +19,7 @@ from transformers_testa.data.datasets import (
     VideoQuestionsDataset,
     VideoTextDataset,
     cache_frames,
+    cache_videos,
     check_answers,
     collate_choice_samples,
     collate_choices,
@@ -93,7 +95,8 @@ def test_a_seed_chooses_the_frames_of_random_sampling(table, processor):
 def test_augmentation_changes_frames_by_the_seed_cached_or_not(table, processor, tmp_path):
     augmentation = VideoAugmentation(12)
     expected = augmentation(processor.video_processor.decode(table[0]["video"]), 5)
-    for frames in (None, cache_frames(table, processor.video_processor, tmp_path / "cache")):
+    for cache in (None, cache_frames, cache_videos):
+        frames = cache and cache(table, processor.video_processor, tmp_path / "cache")
         dataset = VideoTextDataset(table, processor.video_processor, frames, augmentation)
         assert torch.equal(dataset[0, 5]["frames"], expected)
         with pytest.raises(ValueError, match="Row 0 is asked for without a seed"):
@@ -139,12 +142,13 @@ def test_a_broken_image_is_reported_like_a_broken_video(processor, tmp_path):
     assert all(f"{video} cannot be read as an image" in reason for video, reason in broken.items())
 
 
-def test_images_are_cached_beside_videos(table, processor, tmp_path):
+@pytest.mark.parametrize("cache", [cache_frames, cache_videos])
+def test_images_are_cached_beside_videos(table, processor, tmp_path, cache):
     Image.fromarray(numbered_frame(5, 32, 48)).save(tmp_path / "picture.png")
     (tmp_path / "text.jpg").write_text("no picture")
     files = [table[0]["video"], tmp_path / "picture.png", tmp_path / "text.jpg"]
     table = rows_of_images(*files)
-    frames = cache_frames(table, processor.video_processor, tmp_path / "cache")
+    frames = cache(table, processor.video_processor, tmp_path / "cache")
     decoded, cached = (VideoTextDataset(table, processor.video_processor, found) for found in (None, frames))
     assert all(torch.equal(decoded[row]["frames"], cached[row]["frames"]) for row in (0, 1))
     assert "text.jpg" in cached[2]["error"]
@@ -266,9 +270,10 @@ def test_an_answer_that_is_too_long_is_found_before_a_run(questions, processor):
         check_answers(questions, processor.tokenizer, max_answer_tokens=4)
 
 
+@pytest.mark.parametrize("cache", [cache_frames, cache_videos])
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_cached_frames_are_the_decoded_ones(table, processor, tmp_path, num_proc):
-    frames = cache_frames(table, processor.video_processor, tmp_path / "cache", num_proc)
+def test_cached_frames_are_the_decoded_ones(table, processor, tmp_path, num_proc, cache):
+    frames = cache(table, processor.video_processor, tmp_path / "cache", num_proc)
     assert len(frames) == 2 and frames.cache_files
     decoded, cached = (VideoTextDataset(table, processor.video_processor, found) for found in (None, frames))
     assert all(torch.equal(decoded[number]["frames"], cached[number]["frames"]) for number in range(3))
@@ -287,11 +292,43 @@ def test_the_cache_is_found_again_until_a_video_or_a_setting_changes(table, proc
     assert len(files()) == 3
 
 
-def test_the_cache_remembers_broken_videos(table, processor, tmp_path):
+@pytest.mark.parametrize("cache", [cache_frames, cache_videos])
+def test_the_cache_remembers_broken_videos(table, processor, tmp_path, cache):
     (tmp_path / "b.mp4").write_bytes(b"no video")
-    frames = cache_frames(table, processor.video_processor, tmp_path / "cache")
+    frames = cache(table, processor.video_processor, tmp_path / "cache")
     item = VideoTextDataset(table, processor.video_processor, frames)[1]
     assert "b.mp4" in item["error"] and "frames" not in item
+
+
+@pytest.mark.parametrize("frame_sampling", ["uniform", "middle", "random", "jitter"])
+@pytest.mark.parametrize("num_frames", [3, 9])
+def test_a_cache_of_whole_videos_gives_the_frames_of_any_clip_and_sampling(
+    processor, tmp_path, frame_sampling, num_frames
+):
+    write_video(tmp_path / "even.mp4", 24, rate=8)
+    write_video(tmp_path / "uneven.mp4", 24, frame_times=[number / 8 + (number > 9) * 0.7 for number in range(24)])
+    clips = [(0.0, 1.0), (0.5, 0.625), (1.1, 2.9), (None, None)]
+    table = Dataset.from_list(
+        [
+            {"video": str(tmp_path / name), "video_id": f"{name}{start}", "start": start, "end": end}
+            for name in ("uneven.mp4", "even.mp4")
+            for start, end in clips
+        ]
+    )
+    videos = processor.video_processor
+    files = cache_videos(table, videos, tmp_path / "cache")
+    videos.frame_sampling, videos.num_frames = frame_sampling, num_frames
+    assert cache_videos(table.select([4, 1]), videos, tmp_path / "cache").cache_files == files.cache_files
+    decoded, cached = (VideoTextDataset(table, videos, found) for found in (None, files))
+    for key in itertools.product(range(len(table)), (0, 1)):
+        assert torch.equal(decoded[key]["frames"], cached[key]["frames"])
+
+
+def test_a_clip_beyond_a_cached_video_is_reported(table, processor, tmp_path):
+    row = {"video": table[0]["video"], "video_id": "late", "start": 99.0, "end": 100.0}
+    table = Dataset.from_list([row])
+    frames = cache_videos(table, processor.video_processor, tmp_path / "cache")
+    assert "start=99.0" in VideoTextDataset(table, processor.video_processor, frames)[0]["error"]
 
 
 @pytest.mark.parametrize("frame_sampling", ["random", "head_tail", "jitter"])

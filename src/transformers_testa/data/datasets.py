@@ -4,12 +4,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ from transformers.image_utils import ChannelDimension
 
 from transformers_testa.data.augmentation import VideoAugmentation
 from transformers_testa.processing_testa import TestaProcessor
-from transformers_testa.video_decoding_testa import RANDOM_FRAME_SAMPLING, VideoDecodingError
+from transformers_testa.video_decoding_testa import RANDOM_FRAME_SAMPLING, Timeline, VideoDecodingError
 from transformers_testa.video_processing_testa import TestaVideoProcessor
 
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Of the formats that Pillow can open, some run another program (PostScript), whatever the file is called.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+# Settings of a video processor that choose frames and don't change them.
+CHOOSING_SETTINGS = ("num_frames", "fps", "frame_sampling", "do_sample_frames", "strict")
 
 
 class VideoTextDataset(torch.utils.data.Dataset):
@@ -38,7 +41,8 @@ class VideoTextDataset(torch.utils.data.Dataset):
     Args:
         table: What [`load_annotations`] returns, for any task.
         video_processor: Decodes and samples the frames.
-        frames: What [`cache_frames`] returned for this table and video processor: nothing is decoded then.
+        frames: What [`cache_frames`] or [`cache_videos`] returned for this table and video processor: nothing is decoded
+            then.
         augmentation: Changes the frames, at every access with its seed; the cache holds them unchanged.
     """
 
@@ -54,6 +58,9 @@ class VideoTextDataset(torch.utils.data.Dataset):
         self.frames = frames
         self.augmentation = augmentation
         self.pair_ids = {video_id: number for number, video_id in enumerate(dict.fromkeys(table["video_id"]))}
+        if frames is not None and "video" in frames.column_names:
+            self._videos = frames.with_format("arrow")
+            self._row_of_video = {video: number for number, video in enumerate(frames["video"])}
 
     def __len__(self) -> int:
         return len(self.table)
@@ -73,6 +80,8 @@ class VideoTextDataset(torch.utils.data.Dataset):
         pair_id = self.pair_ids[row["video_id"]]
         if self.frames is None:
             found = _decode(row, self.video_processor, seed=seed)
+        elif "video" in self.frames.column_names:
+            found = _take(row, self._videos[self._row_of_video[row["video"]]], self.video_processor, seed)
         else:
             cached = self.frames[pair_id]
             found = {"error": cached["error"]} if cached["error"] else {"frames": _from_bytes(cached)}
@@ -196,23 +205,68 @@ def cache_frames(
             f"{video_processor.frame_sampling!r} draws others every time; use uniform or middle sampling, or no cache."
         )
     videos = distinct_videos(table)
+    identity = [video_processor.to_json_string(), [_clip_identity(row) for row in videos]]
+    return _decode_to_file(videos, _decode_to_bytes, {}, "frames", identity, video_processor, cache_dir, num_proc)
+
+
+def cache_videos(
+    table: datasets.Dataset,
+    video_processor: TestaVideoProcessor,
+    cache_dir: str | Path | None = None,
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """Decode each file of a table once and whole, into a memory-mapped file that later runs find again.
+
+    Any frames of any clips can be taken from it, drawn at random too: it is named after the files (path, size, time of
+    change) and what the video processor makes of a frame, not after what it chooses. It is for many clips of short
+    videos: every frame is kept, uncompressed, in the size that the video processor gives it.
+
+    Args:
+        table, cache_dir, num_proc: As for [`cache_frames`].
+        video_processor: Decodes the frames.
+
+    Returns:
+        One row a file: `video`, `frames` (uint8, as bytes), `shape` `[T, C, H, W]`, `times` (when each frame is shown)
+        and `duration`, in seconds, and `error` (None, or why the video can't be decoded).
+    """
+    videos = datasets.Dataset.from_dict({"video": sorted(set(table["video"]))})
+    settings = {name: value for name, value in video_processor.to_dict().items() if name not in CHOOSING_SETTINGS}
+    identity = [settings, [_clip_identity(row) for row in videos]]
+    columns = {
+        "video": datasets.Value("string"),
+        "times": datasets.List(datasets.Value("float64")),
+        "duration": datasets.Value("float64"),
+    }
+    return _decode_to_file(videos, _decode_whole, columns, "videos", identity, video_processor, cache_dir, num_proc)
+
+
+def _decode_to_file(
+    videos: datasets.Dataset,
+    decode: Callable[..., dict],
+    columns: dict[str, Any],
+    kind: str,
+    identity: list,
+    video_processor: TestaVideoProcessor,
+    cache_dir: str | Path | None,
+    num_proc: int | None,
+) -> datasets.Dataset:
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "transformers_testa")
     folder.mkdir(parents=True, exist_ok=True)
-    identity = json.dumps([video_processor.to_json_string(), [_clip_identity(row) for row in videos]], sort_keys=True)
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     return videos.map(
-        _decode_to_bytes,
+        decode,
         fn_kwargs={"video_processor": video_processor, "decoding_threads": 1 if num_proc else None},
         remove_columns=videos.column_names,
         features=datasets.Features(
             frames=datasets.Value("large_binary"),
             shape=datasets.List(datasets.Value("int32")),
             error=datasets.Value("string"),
+            **columns,
         ),
         writer_batch_size=16,
         num_proc=num_proc,
         new_fingerprint=fingerprint,
-        cache_file_name=str(folder / f"frames-{fingerprint}.arrow"),
+        cache_file_name=str(folder / f"{kind}-{fingerprint}.arrow"),
         desc="Decoding videos",
     )
 
@@ -233,6 +287,47 @@ def _decode_to_bytes(row: dict, video_processor: TestaVideoProcessor, decoding_t
 
 def _from_bytes(cached: dict) -> torch.Tensor:
     return torch.frombuffer(bytearray(cached["frames"]), dtype=torch.uint8).reshape(cached["shape"])
+
+
+def _decode_whole(row: dict, video_processor: TestaVideoProcessor, decoding_threads: int | None) -> dict:
+    unreadable = {"frames": b"", "shape": [0], "times": [], "duration": 0.0}
+    try:
+        if row["video"].lower().endswith(IMAGE_SUFFIXES):
+            frames = _static_video(_read_image(row["video"]), video_processor)[:1]
+            times, duration = [0.0], 0.0
+        else:
+            unfinished = {"do_sample_frames": False, "do_rescale": False, "do_normalize": False}
+            outputs = video_processor(
+                row["video"], decoding_threads=decoding_threads, return_metadata=True, **unfinished
+            )
+            (frames,), (metadata,) = outputs["pixel_values_videos"], outputs["video_metadata"]
+            times, duration = metadata.timestamps, metadata.duration
+    except VideoDecodingError as error:
+        return {**row, **unreadable, "error": str(error)}
+    return {
+        "video": row["video"],
+        "frames": frames.contiguous().numpy().tobytes(),
+        "shape": list(frames.shape),
+        "times": times,
+        "duration": duration,
+        "error": None,
+    }
+
+
+def _take(row: dict, cached: pa.Table, video_processor: TestaVideoProcessor, seed: int | None) -> dict:
+    """The chosen frames of a row of [`cache_videos`], which is read only where they lie."""
+    stored = {name: cached[name][0] for name in cached.column_names}
+    if error := stored["error"].as_py():
+        return {"error": error}
+    pixels = np.frombuffer(stored["frames"].as_buffer(), np.uint8).reshape(stored["shape"].as_py())
+    if row["video"].lower().endswith(IMAGE_SUFFIXES):
+        return {"frames": torch.from_numpy(pixels.repeat(video_processor.num_frames, axis=0))}
+    timeline = Timeline(row["video"], stored["times"].values.to_numpy(), stored["duration"].as_py())
+    try:
+        indices = video_processor.choose_frames(timeline, start=row.get("start"), end=row.get("end"), seed=seed)
+    except VideoDecodingError as error:
+        return {"error": str(error)}
+    return {"frames": torch.from_numpy(pixels[indices])}
 
 
 def check_answers(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_answer_tokens: int) -> None:
