@@ -192,7 +192,7 @@ def run_trained(row: Row, seed: int, args: argparse.Namespace, threads: int) -> 
         *(threads, folder / row.name, RECIPES / "recipe.yaml", "--model_name_or_path", start),
         *("--num_frames", NUM_FRAMES, *_as_options(row)),
         *("--seed", seed, "--max_train_steps", args.row_steps, "--train_file", args.data_dir / "train.jsonl"),
-        *("--validation_file", args.data_dir / "validation.jsonl", "--test_file", args.data_dir / "test.jsonl"),
+        *("--do_eval", False, "--test_file", args.data_dir / "test.jsonl"),
     )
 
 

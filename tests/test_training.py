@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
+from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from retrieval_world import tiny_config, tiny_processor, write_stories
 from safetensors.torch import load_file
@@ -38,6 +39,7 @@ from transformers_testa.training import (
     create_objective,
     create_optimizers,
     create_scheduler,
+    join_sources,
     run_identity,
     train,
 )
@@ -489,3 +491,21 @@ def test_a_model_card_can_be_read_back(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.tags == ["testa"]
     assert all(part in card.text for part in ("# A model", "What for.", "| a |", "- split: test, 4 texts", "seed: 1"))
+
+
+def test_sources_may_share_clips_and_no_id_of_two(tmp_path):
+    def source(**columns):
+        row = {"video": "a.mp4", "video_id": "a", "text": "a dog", "start": None, "end": None}
+        return Dataset.from_list([row, row | {"video_id": "b"} | columns])
+
+    assert len(join_sources([source(), source(text="a cat")])) == 4
+    assert len(join_sources([source(start=1.0, end=2.0), source(start=1.0, end=2.0)])) == 4
+    with pytest.raises(ValueError, match=r"'b' stands for a.mp4 from None to None s .* for b.mp4 from None to None s"):
+        join_sources([source(), source(video="b.mp4")])
+    with pytest.raises(ValueError, match=r"'b' stands for a.mp4 from 1.0 to 2.0 s .* for a.mp4 from 1.0 to 3.0 s"):
+        join_sources([source(start=1.0, end=2.0), source(start=1.0, end=3.0)])
+
+
+def test_frames_are_cached_in_one_way(tmp_path):
+    with pytest.raises(ValueError, match="either cache_frames or cache_videos"):
+        DataArguments(cache_frames=True, cache_videos=True)

@@ -266,12 +266,27 @@ def evaluation_tables(
 
 
 def join_sources(tables: list[datasets.Dataset]) -> datasets.Dataset:
-    """Join the tables of several sources. Raises ValueError where questions have different numbers of choices."""
+    """Join the tables of several sources.
+
+    Raises:
+        ValueError: Questions have different numbers of choices, or a `video_id` is that of two clips.
+    """
     numbers = {len(table[0]["choices"]) for table in tables if "choices" in table.column_names}
     if len(numbers) > 1:
         raise ValueError(
             f"The files of a split have {' and '.join(map(str, sorted(numbers)))} choices a question; one number is needed."
         )
+    clips: dict[str, tuple] = {}
+    for table in tables if len(tables) > 1 else ():
+        nothing = [None] * len(table)
+        times = (table[name] if name in table.column_names else nothing for name in ("start", "end"))
+        for video_id, *clip in zip(table["video_id"], table["video"], *times, strict=True):
+            first = clips.setdefault(video_id, tuple(clip))
+            if first != tuple(clip):
+                raise ValueError(
+                    f"`video_id` {video_id!r} stands for {first[0]} from {first[1]} to {first[2]} s in one file of a "
+                    f"split, and for {clip[0]} from {clip[1]} to {clip[2]} s in another; two clips need two ids."
+                )
     return datasets.concatenate_datasets(tables)
 
 

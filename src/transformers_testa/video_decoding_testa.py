@@ -598,7 +598,9 @@ class VideoReader:
                 needed = COPIES_OF_THE_RESULT * num_frames * 3 * size[0] * size[1]
                 self._check_memory(needed, f"{num_frames} frames that are wanted at {size[0]}×{size[1]} pixels")
             height, width = reversed(size) if sideways else size
-            scaled = reformatter.reformat(frame, width, height, format="rgb24", interpolation=self.interpolation)
+            scaled = reformatter.reformat(
+                frame, width, height, format="rgb24", interpolation=self.interpolation, threads=1
+            )
             pixels = scaled.to_ndarray()
             pixels = pixels.swapaxes(0, 1) if sideways else pixels
             yield pixels[:: -1 if flip_vertically else 1, :: -1 if flip_horizontally else 1]

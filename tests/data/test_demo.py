@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from transformers_testa.data import sprites
 from transformers_testa.data.annotations import load_annotations
 from transformers_testa.data.demo import (
+    IN_PICTURE,
     LESSONS,
     SCENES_PER_CLIP,
     DemoArguments,
@@ -98,28 +99,47 @@ def test_lessons_ask_about_clips_of_whole_scenes(demo, name, lesson):
     lengths = [min(length, SMALL["max_scenes"]) for length in lesson.scenes]
     for row in clips.values():
         seconds = row["end"] - row["start"]
-        assert (
-            lesson.shows_moments or min(*lengths, SMALL["min_scenes"]) * shortest <= seconds <= max(lengths) * longest
-        )
+        assert lesson.moments or min(*lengths, SMALL["min_scenes"]) * shortest <= seconds <= max(lengths) * longest
     places = [(row["video"], row["start"], row["end"]) for row in clips.values()]
     assert len(lesson.scenes) > 1 or len(set(places)) == len(places)
+    if name == "train_moves_qa":
+        assert {row["question_type"] for row in questions} == {"direction", "color"}
+        return
     about_color = [row for row in questions if row["question"].lower().startswith("what color is the ")]
     assert all(row["answers"][0] in told[row["video"]] for row in about_color)
     assert about_color or name == "train_scenes_qa"
 
 
+def shown_scenes(row, scenes, num_frames):
+    """The scene that each frame of a question's clip is of, and the share of it that is over."""
+    ends = np.cumsum([count_frames(scene, SMALL["fps"]) for scene in scenes])
+    first, total = (round(SMALL["fps"] * seconds) for seconds in (row["start"], row["end"] - row["start"]))
+    frames = first + sample_frame_indices(total, num_frames, "middle")
+    places = np.searchsorted(ends, frames, side="right")
+    lengths = np.diff(ends, prepend=0)
+    return places, (frames - (ends - lengths)[places]) / (lengths[places] - 1)
+
+
 @pytest.mark.parametrize("name", ["train_scenes_qa", "train_pairs_qa"])
 def test_lessons_of_moments_show_every_scene_they_ask_about(demo, name):
     stories = plan_demo(DemoArguments(str(demo), **SMALL))["train"]
-    num_frames = LESSONS[name].scenes[0]
     for row in load_annotations(demo / f"{name}.jsonl", task="question"):
         scenes = stories[row["video_id"].rpartition("-")[0]].scenes
-        ends = np.cumsum([count_frames(scene, SMALL["fps"]) for scene in scenes])
-        first, total = (round(SMALL["fps"] * seconds) for seconds in (row["start"], row["end"] - row["start"]))
-        shown = np.searchsorted(ends, first + sample_frame_indices(total, num_frames, "middle"), side="right")
-        assert len(set(shown)) == num_frames and max(shown) - min(shown) < num_frames
+        shown, _ = shown_scenes(row, scenes, LESSONS[name].moments)
+        assert len(set(shown)) == len(shown) == max(shown) - min(shown) + 1
         seen = [item for place in shown for item in scenes[place].objects]
         assert any(item.color in (row["question"] + row["answers"][0]) for item in seen)
+
+
+def test_the_lesson_of_moves_shows_a_scene_early_and_late(demo):
+    stories = plan_demo(DemoArguments(str(demo), **SMALL))["train"]
+    for row in load_annotations(demo / "train_moves_qa.jsonl", task="question"):
+        scenes = stories[row["video_id"].rpartition("-")[0]].scenes
+        (place, same_place), (early, late) = shown_scenes(row, scenes, 2)
+        assert place == same_place and early < late
+        begin, end = IN_PICTURE.get(scenes[place].action, (0.0, 1.0))
+        frame = 1 / (SMALL["fps"] * SMALL["seconds_per_scene"][0] - 1)
+        assert early >= begin - frame and late <= end
 
 
 def test_training_videos_have_many_questions_and_none_twice(demo):

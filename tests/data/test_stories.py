@@ -13,6 +13,7 @@ from transformers_testa.data.storytelling import (
     FIRST_WORDS,
     LAST_WORDS,
     MIDDLE_WORDS,
+    MOVING_FORMS,
     NAMING_FORMS,
     WORDS,
     ask,
@@ -164,7 +165,7 @@ def test_every_question_has_exactly_one_answer_in_its_story(seed, world):
     story = plan_story(world, rng)
     questions = ask(story, rng)
     assert questions
-    for question in [*questions, *ask(story, rng, FINDING_FORMS)]:
+    for question in [*questions, *ask(story, rng, FINDING_FORMS), *ask(story, rng, MOVING_FORMS)]:
         assert right_answers(story, question.question) == {question.answer}
 
 

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from .rendering import count_frames, render_scene, write_video
 from .sprites import SPLITS, cutout_kinds, digit_kinds, readable_images, shape_kinds
 from .stories import ObjectKind, Story, World, plan_story, twin_of
-from .storytelling import FINDING_FORMS, NAMING_FORMS, QUESTION_FORMS, QuestionForm, ask, tell
+from .storytelling import FINDING_FORMS, MOVING_FORMS, NAMING_FORMS, QUESTION_FORMS, QuestionForm, ask, tell
 
 
 # Each training video gives one clip of so many scenes in a row, with a paragraph.
@@ -36,28 +36,33 @@ class Questions:
 
     Args:
         scenes: Of how many scenes in a row a clip is.
-        clips: How many clips there are of each length, none twice.
+        clips: How many clips there are of each length. None is there twice, though the same scenes
+            may be, at other moments.
         forms: What is asked.
         rounds: How often, of each clip.
-        shows_moments: Whether clips (of one scene or two) are cut so that a frame from the middle of each of as many
-            equal parts shows one scene each, its object in the picture; else they are whole scenes.
+        moments: If not 0, clips are cut so that frames from the middle of so many equal parts show their scenes with the
+            objects in the picture: one scene, two of which each has a frame, or one in a frame early and one late.
+            Else clips are whole scenes.
     """
 
     scenes: tuple[int, ...]
     clips: int
     forms: tuple[QuestionForm, ...]
     rounds: int
-    shows_moments: bool = False
+    moments: int = 0
 
 
-# The lessons before those about whole stories. The first two are for a model that sees one frame of each scene.
+# The lessons before those about whole stories. All but the last are for a model that sees one or two frames.
 LESSONS = {
-    "train_scenes_qa": Questions(scenes=(1,), clips=9, forms=NAMING_FORMS, rounds=1, shows_moments=True),
-    "train_pairs_qa": Questions(scenes=(2,), clips=8, forms=FINDING_FORMS, rounds=2, shows_moments=True),
+    "train_scenes_qa": Questions(scenes=(1,), clips=9, forms=NAMING_FORMS, rounds=1, moments=1),
+    "train_pairs_qa": Questions(scenes=(2,), clips=14, forms=FINDING_FORMS, rounds=4, moments=2),
+    "train_moves_qa": Questions(scenes=(1,), clips=18, forms=MOVING_FORMS, rounds=1, moments=2),
     "train_clips_qa": Questions(scenes=(2, 3, 4, 5), clips=1, forms=QUESTION_FORMS, rounds=2),
 }
 # When things that come and go are in the picture, in shares of the scene.
 IN_PICTURE = {"enter": (0.45, 1.0), "leave": (0.0, 0.55), "move": (0.2, 0.8)}
+# Of what turns, a single frame shows the color that it is called by.
+IN_ONE_FRAME = {**IN_PICTURE, "turn": (0.0, 0.5)}
 ROUNDS_OF_QUESTIONS = {"train": 4, "validation": 1, "test": 1}
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -113,7 +118,7 @@ def make_demo(arguments: DemoArguments) -> int:
     - `{train,validation,test}.jsonl`: `video`, `video_id`, `text`, `distractor`;
     - `train_clips.jsonl`: `video`, `video_id` (of the clip), `start`, `end` (seconds), `text`;
     - `{train,validation,test}_qa.jsonl`: `video`, `video_id`, `question_id`, `question`, `answers`, `answer_weights`,
-      `question_type`; of the lessons `train_{scenes,pairs,clips}_qa.jsonl`, about one, two, and two to five scenes,
+      `question_type`; of the lessons `train_{scenes,pairs,moves,clips}_qa.jsonl`, about parts of the video,
       `start` and `end` too;
     - `videos/*.mp4`, and `demo.json` with the arguments.
 
@@ -285,16 +290,21 @@ def _ask_about_clips(stories: dict[str, Story], arguments: DemoArguments, name: 
     questions = []
     for video_id, story in stories.items():
         rng = random.Random(f"{name} {arguments.seed} {video_id}")
-        cuts = []
+        kind = name.removeprefix("train_").removesuffix("_qa")
+        cuts: list[tuple[int, int]] = []
+        shown: list[tuple[tuple[int, int], dict]] = []
         for num_scenes in (min(length, len(story.scenes)) for length in lesson.scenes):
             places = range(len(story.scenes) - num_scenes + 1)
-            cuts += [(first, num_scenes) for first in rng.sample(places, min(lesson.clips, len(places)))]
+            rounds = -(-lesson.clips // len(places)) if lesson.moments else 1
+            chosen = [first for _ in range(rounds) for first in rng.sample(places, len(places))][: lesson.clips]
+            cuts += [(first, num_scenes) for first in chosen]
         for number, cut in enumerate(cuts):
-            clip, video = _cut_clip(video_id, story, *cut, f"{video_id}-{number}", arguments.fps)
-            if lesson.shows_moments:
-                moments = _cut_moments(clip, story, cut[0], arguments.fps, rng)
-                if moments is None:
+            clip, video = _cut_clip(video_id, story, *cut, f"{video_id}-{kind}{number}", arguments.fps)
+            if lesson.moments:
+                moments = _cut_moments(clip, story, cut[0], lesson.moments, arguments.fps, rng)
+                if moments is None or (cut, moments) in shown:
                     continue
+                shown.append((cut, moments))
                 video |= moments
             questions += _questions(video, clip, rng, lesson.forms, lesson.rounds)
     return questions
@@ -312,7 +322,7 @@ def _cut_clip(video_id: str, story: Story, first: int, num_scenes: int, clip_id:
     return Story(story.scenes[first : first + num_scenes]), video
 
 
-def _cut_moments(clip: Story, story: Story, first: int, fps: int, rng: random.Random) -> dict | None:
+def _cut_moments(clip: Story, story: Story, first: int, num_moments: int, fps: int, rng: random.Random) -> dict | None:
     """The columns that name a part of the video whose middle frame, or those of whose halves, show the clip's scenes.
 
     None where chance finds none: two moments near the video's beginning or end leave no room around them.
@@ -320,15 +330,24 @@ def _cut_moments(clip: Story, story: Story, first: int, fps: int, rng: random.Ra
     beginnings = _beginnings(story, fps)
     for _ in range(20):
         moments = [
-            beginning + int(rng.uniform(*IN_PICTURE.get(scene.action, (0.0, 1.0))) * (count_frames(scene, fps) - 1))
-            for beginning, scene in zip(beginnings[first:], clip.scenes, strict=False)
+            beginnings[place] + int(share * (count_frames(story.scenes[place], fps) - 1))
+            for place, share in _draw_moments(clip, first, num_moments, rng)
         ]
         # The middle of a half is a fourth of the part from its beginning, rounded down.
-        num_frames = 1 if len(moments) == 1 else 2 * (moments[1] - moments[0])
+        num_frames = 1 if num_moments == 1 else 2 * (moments[1] - moments[0])
         start = moments[0] - num_frames // 4
-        if start >= 0 and start + num_frames <= beginnings[-1]:
+        if num_frames and start >= 0 and start + num_frames <= beginnings[-1]:
             return {"start": start / fps, "end": (start + num_frames) / fps}
     return None
+
+
+def _draw_moments(clip: Story, first: int, num_moments: int, rng: random.Random) -> list[tuple[int, float]]:
+    """The scene of each moment, and the share of it that is over."""
+    if num_moments == len(clip.scenes):
+        parts = [IN_ONE_FRAME.get(scene.action, (0.0, 1.0)) for scene in clip.scenes]
+        return [(first + number, rng.uniform(*part)) for number, part in enumerate(parts)]
+    begin, end = IN_PICTURE.get(clip.scenes[0].action, (0.0, 1.0))
+    return [(first, rng.uniform(begin, begin + 0.1)), (first, rng.uniform(end - 0.15, end))]
 
 
 def _beginnings(story: Story, fps: int) -> list[int]:

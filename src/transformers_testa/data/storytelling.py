@@ -280,13 +280,18 @@ def _which_way(story: Story) -> Iterator[tuple[str, str]]:
 # Type of a question, and the function that gives all of this form with their answers.
 QuestionForm = tuple[str, Callable[[Story], Iterator[tuple[str, str]]]]
 
-# Lessons for a model that knows no word: first what things are called,
+# Lessons for a model that knows no word: what things are called,
 NAMING_FORMS: tuple[QuestionForm, ...] = (("name", _what_is_shown),)
-# then to find the one that a question is about.
+# what there is of several, and which color or name it has,
 FINDING_FORMS: tuple[QuestionForm, ...] = (
     ("color", _which_color),
     ("what", _what_has_the_color),
     ("count", _how_many),
+)
+# and where it goes or what it becomes.
+MOVING_FORMS: tuple[QuestionForm, ...] = (
+    ("direction", _which_way),
+    ("color", _which_new_color),
 )
 QUESTION_FORMS: tuple[QuestionForm, ...] = (
     ("color", _which_color),
