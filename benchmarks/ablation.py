@@ -4,6 +4,9 @@
     python benchmarks/ablation.py --data_dir demo_stories --output_dir runs/ablation
     python benchmarks/ablation.py --data_dir demo_stories --output_dir runs/ablation --rows none "trained, both" --seeds 0
 
+    python -m transformers_testa.data.demo --output_dir demo_photographs --backgrounds PHOTOGRAPHS
+    python benchmarks/ablation.py --data_dir demo_stories --other_data_dir demo_photographs --output_dir runs/ablation
+
 A row is a configuration of the video encoder. All rows with one kind of attention share two lessons without merging, on
 clips and on stories of 12 frames, as the paper's share their pre-training. Then each is trained for the same steps on 24
 frames, merging as it says. Rows "off the shelf" merge with the weights of the row "none", without training. Each run is one of
@@ -56,17 +59,31 @@ class Row:
         name: Of the row, and of its folder.
         table: The paper's table or figure that it belongs to.
         changes: Fields of the video encoder's configuration that differ from the demo's, which then merges nothing.
-        is_trained: Whether the weights were trained with them; else they are those of the row "none".
+        is_trained: Whether the weights were trained with them; else they are those of the row that merges nothing.
+        is_zero_shot: Whether the weights were trained on the stories of another look, and never on these.
     """
 
     name: str
     table: str
     changes: dict[str, Any] = field(default_factory=dict)
     is_trained: bool = True
+    is_zero_shot: bool = False
 
     @property
-    def attention_type(self) -> str:
-        return self.changes.get("attention_type", "divided_space_time")
+    def lessons(self) -> "Lessons":
+        return Lessons(self.changes.get("attention_type", "divided_space_time"), self.is_zero_shot)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What rows share: weights trained without merging, on clips and then on stories."""
+
+    attention_type: str
+    is_zero_shot: bool
+
+    def folders(self, seed_folder: Path) -> list[Path]:
+        look = ", other look" if self.is_zero_shot else ""
+        return [seed_folder / f"{lesson}, {self.attention_type}{look}" for lesson in ("clips", "stories")]
 
 
 def _merges(frames: int | list[int], patches: int | list[int], **changes: Any) -> dict[str, Any]:
@@ -76,6 +93,7 @@ def _merges(frames: int | list[int], patches: int | list[int], **changes: Any) -
 BOTH = _merges(4, 3)
 JOINT = {"attention_type": "joint_space_time"}
 UNMERGED = Row("none", "5")
+UNMERGED_ZERO_SHOT = Row("zero-shot, none", "4", is_zero_shot=True)
 ROWS = (
     UNMERGED,
     Row("off the shelf, pruning", "5", {**BOTH, "aggregation_strategy": "prune"}, False),
@@ -86,6 +104,9 @@ ROWS = (
     Row("trained, frames only", "5", _merges(7, 0)),
     Row("trained, patches only", "5", _merges(0, 5)),
     Row("trained, both", "5", BOTH),
+    UNMERGED_ZERO_SHOT,
+    Row("zero-shot, off the shelf", "4", BOTH, False, is_zero_shot=True),
+    Row("zero-shot, both", "4", BOTH, is_zero_shot=True),
     Row("joint, none", "6", JOINT),
     Row("joint, trained", "6", _merges(0, 127, **JOINT)),
     Row("trained, vote", "details", {**BOTH, "frame_matching": "vote"}),
@@ -103,8 +124,13 @@ def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True, help="What transformers_testa.data.demo made.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the runs.")
+    parser.add_argument(
+        "--other_data_dir", type=Path, help="The same with another look, for the rows that are evaluated zero-shot."
+    )
     names = [row.name for row in ROWS]
-    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="Which rows; else all.")
+    parser.add_argument(
+        "--rows", nargs="+", choices=names, metavar="ROW", help="Which rows; else all that can be run."
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="One training each.")
     parser.add_argument("--clip_steps", type=int, default=600, help="Steps of the lesson on clips, without merging.")
     parser.add_argument(
@@ -120,7 +146,11 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--report", type=Path, help="Markdown file for the table and, beside it, the plot.")
     args = parser.parse_args(arguments)
 
-    rows = [row for row in ROWS if row.name in args.rows]
+    rows = [row for row in ROWS if row.name in (args.rows or names)]
+    if args.other_data_dir is None:
+        if needing := [row.name for row in rows if row.is_zero_shot and args.rows]:
+            parser.error(f"--rows {needing[0]!r} needs --other_data_dir, the stories that it is trained on.")
+        rows = [row for row in rows if not row.is_zero_shot]
     results = run_rows(rows, args)
     speeds = milliseconds_a_video(rows)
     table = [summarise(row, [results[row.name, seed] for seed in args.seeds], speeds[row.name]) for row in rows]
@@ -138,9 +168,9 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int],
     First the lessons, then the rows that are trained, then those off the shelf.
     """
     off_the_shelf = [row for row in rows if not row.is_trained]
-    needed = [UNMERGED, *rows] if off_the_shelf else rows
+    needed = [*rows, *map(_unmerged, off_the_shelf)]
     trained = [row for row in ROWS if row.is_trained and row in needed]
-    lessons = sorted({row.attention_type for row in trained})
+    lessons = dict.fromkeys(row.lessons for row in trained)
     stages = (
         {(name, seed): partial(run_lessons, name, seed, args) for seed in args.seeds for name in lessons},
         {(row.name, seed): partial(run_trained, row, seed, args) for seed in args.seeds for row in trained},
@@ -163,35 +193,37 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int],
     return results
 
 
-def run_lessons(attention_type: str, seed: int, args: argparse.Namespace, threads: int):
+def _unmerged(row: Row) -> Row:
+    return UNMERGED_ZERO_SHOT if row.is_zero_shot else UNMERGED
+
+
+def run_lessons(lessons: Lessons, seed: int, args: argparse.Namespace, threads: int):
     """Train on clips, then on stories, without merging."""
     folder = args.output_dir / f"seed{seed}"
-    lessons = _lessons(folder, attention_type)
-    untrained = Row(lessons[0].name, "", {"attention_type": attention_type})
+    clips, stories = lessons.folders(folder)
+    data_dir = args.other_data_dir if lessons.is_zero_shot else args.data_dir
+    untrained = Row(clips.name, "", {"attention_type": lessons.attention_type})
     shared = ("--seed", seed, "--do_eval", False, "--do_predict", False)
     _run(
-        *(threads, lessons[0], RECIPES / "recipe_clips.yaml", *shared, "--eval_before_training", False),
+        *(threads, clips, RECIPES / "recipe_clips.yaml", *shared, "--eval_before_training", False),
         *("--config_name", with_changes(RECIPES, untrained, folder / "configurations")),
-        *("--train_file", args.data_dir / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
+        *("--train_file", data_dir / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
     )
     _run(
-        *(threads, lessons[1], RECIPES / "recipe.yaml", *shared, "--model_name_or_path", lessons[0]),
-        *("--train_file", args.data_dir / "train.jsonl", "--max_train_steps", args.story_steps),
+        *(threads, stories, RECIPES / "recipe.yaml", *shared, "--model_name_or_path", clips),
+        *("--train_file", data_dir / "train.jsonl", "--max_train_steps", args.story_steps),
     )
-
-
-def _lessons(folder: Path, attention_type: str) -> list[Path]:
-    return [folder / f"{lesson}, {attention_type}" for lesson in ("clips", "stories")]
 
 
 def run_trained(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
     """Train as the row merges, and return the metrics of the test split."""
     folder = args.output_dir / f"seed{seed}"
-    start = with_changes(_lessons(folder, row.attention_type)[-1], row)
+    start = with_changes(row.lessons.folders(folder)[-1], row)
+    data_dir = args.other_data_dir if row.is_zero_shot else args.data_dir
     return _run(
         *(threads, folder / row.name, RECIPES / "recipe.yaml", "--model_name_or_path", start),
         *("--num_frames", NUM_FRAMES, *_as_options(row)),
-        *("--seed", seed, "--max_train_steps", args.row_steps, "--train_file", args.data_dir / "train.jsonl"),
+        *("--seed", seed, "--max_train_steps", args.row_steps, "--train_file", data_dir / "train.jsonl"),
         *("--do_eval", False, "--test_file", args.data_dir / "test.jsonl"),
     )
 
@@ -200,7 +232,7 @@ def run_off_the_shelf(row: Row, seed: int, args: argparse.Namespace, threads: in
     """Return the metrics of the weights that were trained without merging, merging as the row does."""
     folder = args.output_dir / f"seed{seed}"
     return _run(
-        *(threads, folder / row.name, "--model_name_or_path", with_changes(folder / UNMERGED.name, row)),
+        *(threads, folder / row.name, "--model_name_or_path", with_changes(folder / _unmerged(row).name, row)),
         *("--do_predict", "--test_file", args.data_dir / "test.jsonl", "--num_frames", NUM_FRAMES),
         *("--max_words", 160, "--rerank_k", 16, "--per_device_eval_batch_size", 50),
         *_as_options(row),

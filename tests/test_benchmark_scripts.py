@@ -54,13 +54,19 @@ def test_searches_of_a_gallery_are_measured_with_what_they_find_and_storage_with
 
 
 def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there_is(tmp_path, capsys):
-    demo = DemoArguments(str(tmp_path / "demo"), num_train=24, num_validation=4, num_test=8, image_size=32, fps=4)
-    make_demo(demo)
+    looks = [tmp_path / "here", tmp_path / "elsewhere"]
+    for seed, look in enumerate(looks):
+        sizes = {"num_train": 24, "num_validation": 2, "num_test": 8, "image_size": 32, "fps": 4}
+        make_demo(DemoArguments(str(look), seed=seed, **sizes))
     ablation = importlib.import_module("ablation")
-    rows = ("none", "off the shelf, geometry")
+    rows = ("none", "zero-shot, off the shelf")
     steps = ("--clip_steps", "2", "--story_steps", "2", "--row_steps", "2")
     options = (*steps, "--seeds", "0", "--report", str(tmp_path / "results.md"))
-    command = ["--data_dir", demo.output_dir, "--output_dir", str(tmp_path / "runs"), *options, "--rows", *rows]
+    command = ["--data_dir", str(looks[0]), "--output_dir", str(tmp_path / "runs"), *options, "--rows", *rows]
+    with pytest.raises(SystemExit):
+        ablation.main(command)
+    assert "'zero-shot, off the shelf' needs --other_data_dir" in capsys.readouterr().err
+    command += ["--other_data_dir", str(looks[1])]
     ablation.main(command)
     first = json.loads((tmp_path / "runs" / "ablation.json").read_text())["results"]
     assert [entry["row"] for entry in first] == list(rows)
@@ -68,4 +74,4 @@ def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there
     assert "Recall against GFLOPs" in (tmp_path / "results.md").read_text() and (tmp_path / "results.png").is_file()
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
     ablation.main(command)
-    assert {file: file.stat().st_mtime_ns for file in written} == written and len(written) == 4
+    assert {file: file.stat().st_mtime_ns for file in written} == written and len(written) == 7

@@ -26,29 +26,41 @@ class Float32Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            # Matrices of one shape together: some of them alone are too small for several threads.
+            of_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(mean, group["momentum"])
-                update = orthogonalise(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-0.2 * group["lr"] * max(parameter.shape) ** 0.5)
+                if parameter.grad is not None:
+                    update = self._with_momentum(parameter, parameter.grad, group["momentum"])
+                    of_shape.setdefault(parameter.shape, []).append((parameter, update))
+            for shape, updated in of_shape.items():
+                parameters, updates = zip(*updated, strict=True)
+                orthogonal = orthogonalise(
+                    torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
+                for parameter, update in zip(parameters, orthogonal, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-0.2 * group["lr"] * max(shape) ** 0.5)
         return loss
 
+    def _with_momentum(self, parameter: Tensor, gradient: Tensor, momentum: float) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(mean, momentum)
 
-def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Return the matrix `[M, N]` with its singular values brought near 1 by steps of Newton and Schulz's iteration.
+
+def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Return matrices `[B, M, N]` with their singular values brought near 1 by Newton and Schulz's iteration.
 
     Source: Jordan et al., Muon (https://kellerjordan.github.io/posts/muon/), where the coefficients come from.
     """
     linear, cubic, quintic = coefficients
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / wide.norm().clamp(min=eps)
+    is_wide = matrices.shape[1] <= matrices.shape[2]
+    wide = matrices if is_wide else matrices.mT
+    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), wide, beta=linear)
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+        gram = wide @ wide.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
+        wide = torch.baddbmm(wide, factor, wide, beta=linear)
+    return wide if is_wide else wide.mT

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -225,8 +226,10 @@ def video_dataset(
     if not (data_args.cache_frames or data_args.cache_videos):
         return make_dataset(table, video_processor, augmentation=augmentation)
     cache = cache_videos if data_args.cache_videos else cache_frames
+    # One process decodes while the others wait, with their workers too.
+    num_workers = min(args.num_workers * accelerator.num_processes, max(args.num_workers, os.cpu_count() or 1))
     with accelerator.main_process_first():
-        frames = cache(table, video_processor, num_proc=args.num_workers or None)
+        frames = cache(table, video_processor, num_proc=num_workers or None)
     return make_dataset(table, video_processor, frames, augmentation)
 
 
@@ -279,8 +282,8 @@ def join_sources(tables: list[datasets.Dataset]) -> datasets.Dataset:
     clips: dict[str, tuple] = {}
     for table in tables if len(tables) > 1 else ():
         nothing = [None] * len(table)
-        times = (table[name] if name in table.column_names else nothing for name in ("start", "end"))
-        for video_id, *clip in zip(table["video_id"], table["video"], *times, strict=True):
+        times = (table[name][:] if name in table.column_names else nothing for name in ("start", "end"))
+        for video_id, *clip in zip(table["video_id"][:], table["video"][:], *times, strict=True):
             first = clips.setdefault(video_id, tuple(clip))
             if first != tuple(clip):
                 raise ValueError(

@@ -57,10 +57,10 @@ class VideoTextDataset(torch.utils.data.Dataset):
         self.video_processor = video_processor
         self.frames = frames
         self.augmentation = augmentation
-        self.pair_ids = {video_id: number for number, video_id in enumerate(dict.fromkeys(table["video_id"]))}
+        self.pair_ids = {video_id: number for number, video_id in enumerate(dict.fromkeys(table["video_id"][:]))}
         if frames is not None and "video" in frames.column_names:
             self._videos = frames.with_format("arrow")
-            self._row_of_video = {video: number for number, video in enumerate(frames["video"])}
+            self._row_of_video = {video: number for number, video in enumerate(frames["video"][:])}
 
     def __len__(self) -> int:
         return len(self.table)
@@ -95,8 +95,10 @@ class VideoTextDataset(torch.utils.data.Dataset):
 
     def digest(self) -> str:
         """Return a short hash of the rows, which doesn't change when the videos lie in another folder."""
-        rows = [{name: value for name, value in row.items() if name != "video"} for row in self.table]
-        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for name in sorted(set(self.table.column_names) - {"video"}):
+            digest.update(json.dumps([name, self.table[name][:]]).encode())
+        return digest.hexdigest()[:16]
 
 
 class VideoQuestionsDataset(VideoTextDataset):
@@ -115,7 +117,7 @@ class VideoQuestionsDataset(VideoTextDataset):
         super().__init__(table, *args, **kwargs)
         self.questions_per_video = questions_per_video
         self.rows_of_video: list[list[int]] = [[] for _ in self.pair_ids]
-        for row, video_id in enumerate(table["video_id"]):
+        for row, video_id in enumerate(table["video_id"][:]):
             self.rows_of_video[self.pair_ids[video_id]].append(row)
 
     def __len__(self) -> int:
@@ -129,7 +131,8 @@ class VideoQuestionsDataset(VideoTextDataset):
         """Return a video; `key` is its number, or its number and the seed of its questions, frames and augmentation."""
         number, seed = key if isinstance(key, tuple) else (key, None)
         rows = np.random.default_rng(seed).permutation(self.rows_of_video[number])
-        questions = [self.table[int(row)] for row in np.resize(rows, self.questions_per_video)]
+        columns = self.table[np.resize(rows, self.questions_per_video).tolist()]
+        questions = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return {**super().__getitem__((self.rows_of_video[number][0], seed)), "questions": questions}
 
 
@@ -170,7 +173,7 @@ def _static_video(image: np.ndarray, video_processor: TestaVideoProcessor) -> to
 def distinct_videos(table: datasets.Dataset) -> datasets.Dataset:
     """Return the first row of each video, in the order of their first appearance."""
     first_rows: dict[str, int] = {}
-    for number, video_id in enumerate(table["video_id"]):
+    for number, video_id in enumerate(table["video_id"][:]):
         first_rows.setdefault(video_id, number)
     return table.select(list(first_rows.values()))
 
@@ -229,7 +232,7 @@ def cache_videos(
         One row a file: `video`, `frames` (uint8, as bytes), `shape` `[T, C, H, W]`, `times` (when each frame is shown)
         and `duration`, in seconds, and `error` (None, or why the video can't be decoded).
     """
-    videos = datasets.Dataset.from_dict({"video": sorted(set(table["video"]))})
+    videos = datasets.Dataset.from_dict({"video": sorted(set(table["video"][:]))})
     settings = {name: value for name, value in video_processor.to_dict().items() if name not in CHOOSING_SETTINGS}
     identity = [settings, [_clip_identity(row) for row in videos]]
     columns = {
@@ -316,13 +319,13 @@ def _decode_whole(row: dict, video_processor: TestaVideoProcessor, decoding_thre
 
 def _take(row: dict, cached: pa.Table, video_processor: TestaVideoProcessor, seed: int | None) -> dict:
     """The chosen frames of a row of [`cache_videos`], which is read only where they lie."""
-    stored = {name: cached[name][0] for name in cached.column_names}
-    if error := stored["error"].as_py():
-        return {"error": error}
-    pixels = np.frombuffer(stored["frames"].as_buffer(), np.uint8).reshape(stored["shape"].as_py())
+    error, shape, times, duration = (cached[name][0] for name in ("error", "shape", "times", "duration"))
+    if error.is_valid:
+        return {"error": error.as_py()}
+    pixels = np.frombuffer(cached["frames"][0].as_buffer(), np.uint8).reshape(shape.as_py())
     if row["video"].lower().endswith(IMAGE_SUFFIXES):
         return {"frames": torch.from_numpy(pixels.repeat(video_processor.num_frames, axis=0))}
-    timeline = Timeline(row["video"], stored["times"].values.to_numpy(), stored["duration"].as_py())
+    timeline = Timeline(row["video"], times.values.to_numpy(), duration.as_py())
     try:
         indices = video_processor.choose_frames(timeline, start=row.get("start"), end=row.get("end"), seed=seed)
     except VideoDecodingError as error:
@@ -342,7 +345,7 @@ def check_answers(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, m
         ValueError: An answer has more.
     """
     question_of: dict[str, str] = {}
-    for question_id, answers in zip(table["question_id"], table["answers"], strict=True):
+    for question_id, answers in zip(table["question_id"][:], table["answers"][:], strict=True):
         for answer in answers:
             question_of.setdefault(answer, question_id)
     tokens = tokenizer(list(question_of))["input_ids"]
@@ -488,8 +491,11 @@ def _collate_frames(samples: list[dict], processor: TestaProcessor) -> tuple[lis
     decoded = [sample for sample in samples if "frames" in sample]
     batch = {"broken_videos": [(sample["video"], sample["error"]) for sample in samples if "error" in sample]}
     if decoded:
-        videos = [sample["frames"] for sample in decoded]
-        batch |= processor.video_processor(videos, do_sample_frames=False, do_resize=False, return_tensors="pt")
+        # As one video, since each would take its own time.
+        frames = torch.stack([sample["frames"] for sample in decoded])
+        unchanged = {"do_sample_frames": False, "do_resize": False, "return_tensors": "pt"}
+        pixels = processor.video_processor(frames.flatten(0, 1), **unchanged)["pixel_values_videos"]
+        batch["pixel_values_videos"] = pixels.view(frames.shape)
     return decoded, batch
 
 

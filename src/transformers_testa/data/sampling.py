@@ -129,9 +129,9 @@ def distractor_rows(table: datasets.Dataset) -> list[list[int]]:
     if "distractor" not in table.column_names:
         raise ValueError("group_distractors needs a column `distractor` in the training annotations.")
     rows_of = defaultdict(list)
-    for number, video_id in enumerate(table["video_id"]):
+    for number, video_id in enumerate(table["video_id"][:]):
         rows_of[video_id].append(number)
-    return [rows_of.get(distractor, []) for distractor in table["distractor"]]
+    return [rows_of.get(distractor, []) for distractor in table["distractor"][:]]
 
 
 def _with_hard_negatives(
