@@ -6,11 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +19,10 @@ from transformers_testa.data.augmentation import VideoAugmentation
 from transformers_testa.processing_testa import TestaProcessor
 from transformers_testa.video_decoding_testa import RANDOM_FRAME_SAMPLING, Timeline, VideoDecodingError
 from transformers_testa.video_processing_testa import TestaVideoProcessor
+
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 logger = logging.getLogger(__name__)
@@ -317,7 +320,7 @@ def _decode_whole(row: dict, video_processor: TestaVideoProcessor, decoding_thre
     }
 
 
-def _take(row: dict, cached: pa.Table, video_processor: TestaVideoProcessor, seed: int | None) -> dict:
+def _take(row: dict, cached: "pa.Table", video_processor: TestaVideoProcessor, seed: int | None) -> dict:
     """The chosen frames of a row of [`cache_videos`], which is read only where they lie."""
     error, shape, times, duration = (cached[name][0] for name in ("error", "shape", "times", "duration"))
     if error.is_valid:
