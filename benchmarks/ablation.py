@@ -156,10 +156,11 @@ def main(arguments: list[str] | None = None):
     table = [summarise(row, [results[row.name, seed] for seed in args.seeds], speeds[row.name]) for row in rows]
     machine = describe_machine()
     shown = markdown_table([{name: _with_spread(value) for name, value in entry.items()} for entry in table])
-    print(f"\n{machine}\n{len(args.seeds)} seeds: mean ± standard deviation\n\n{shown}")
+    seeds = "one seed" if len(args.seeds) == 1 else f"{len(args.seeds)} seeds: mean ± standard deviation"
+    print(f"\n{machine}\n{seeds}\n\n{shown}")
     save_json(args.output_dir / "ablation.json", machine, table)
     if args.report:
-        write_report(args.report, table, shown, machine, len(args.seeds))
+        write_report(args.report, table, shown, machine, seeds)
 
 
 def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
@@ -322,11 +323,12 @@ def _peak_megabytes(config: TestaVideoConfig) -> float:
 def _with_spread(value: Any) -> Any:
     if not isinstance(value, list):
         return value
-    spread = statistics.stdev(value) if len(value) > 1 else 0.0
-    return f"{statistics.mean(value):.1f} ± {spread:.1f}"
+    if len(value) == 1:
+        return f"{value[0]:.1f}"
+    return f"{statistics.mean(value):.1f} ± {statistics.stdev(value):.1f}"
 
 
-def write_report(file: Path, table: list[dict[str, Any]], shown: str, machine: str, num_seeds: int):
+def write_report(file: Path, table: list[dict[str, Any]], shown: str, machine: str, seeds: str):
     """Write the table as Markdown, and a plot of recall against GFLOPs with its Pareto front."""
     import matplotlib
 
@@ -347,7 +349,7 @@ def write_report(file: Path, table: list[dict[str, Any]], shown: str, machine: s
 
     file.write_text(
         "# Ablations on the demo's stories\n\n"
-        f"`python benchmarks/ablation.py`, {num_seeds} seeds (mean ± standard deviation), on {machine}.\n\n"
+        f"`python benchmarks/ablation.py`, {seeds}, on {machine}.\n\n"
         f"![Recall against GFLOPs]({file.with_suffix('.png').name})\n\n{shown}\n",
         encoding="utf-8",
     )
