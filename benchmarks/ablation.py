@@ -61,6 +61,7 @@ class Row:
         changes: Fields of the video encoder's configuration that differ from the demo's, which then merges nothing.
         is_trained: Whether the weights were trained with them; else they are those of the row that merges nothing.
         is_zero_shot: Whether the weights were trained on the stories of another look, and never on these.
+        num_frames: How many are seen of each video.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Row:
     changes: dict[str, Any] = field(default_factory=dict)
     is_trained: bool = True
     is_zero_shot: bool = False
+    num_frames: int = NUM_FRAMES
 
     @property
     def lessons(self) -> "Lessons":
@@ -116,6 +118,11 @@ ROWS = (
         Row(f"off the shelf, {frames} and {patches}", "figures", _merges(frames, patches), False)
         for frames, patches in itertools.product((0, 2, 4, 6), (0, 1, 2, 3, 4))
         if frames or patches
+    ),
+    *(
+        Row(f"off the shelf, {number} frames{merging}", "figures", changes, False, num_frames=number)
+        for number in (6, 12, 36, 48)
+        for merging, changes in (("", {}), (", both", _merges(number // 6, 3)))
     ),
 )
 
@@ -223,7 +230,7 @@ def run_trained(row: Row, seed: int, args: argparse.Namespace, threads: int) -> 
     data_dir = args.other_data_dir if row.is_zero_shot else args.data_dir
     return _run(
         *(threads, folder / row.name, RECIPES / "recipe.yaml", "--model_name_or_path", start),
-        *("--num_frames", NUM_FRAMES, *_as_options(row)),
+        *("--num_frames", row.num_frames, *_as_options(row)),
         *("--seed", seed, "--max_train_steps", args.row_steps, "--train_file", data_dir / "train.jsonl"),
         *("--do_eval", False, "--test_file", args.data_dir / "test.jsonl"),
     )
@@ -234,7 +241,7 @@ def run_off_the_shelf(row: Row, seed: int, args: argparse.Namespace, threads: in
     folder = args.output_dir / f"seed{seed}"
     return _run(
         *(threads, folder / row.name, "--model_name_or_path", with_changes(folder / _unmerged(row).name, row)),
-        *("--do_predict", "--test_file", args.data_dir / "test.jsonl", "--num_frames", NUM_FRAMES),
+        *("--do_predict", "--test_file", args.data_dir / "test.jsonl", "--num_frames", row.num_frames),
         *("--max_words", 160, "--rerank_k", 16, "--per_device_eval_batch_size", 50),
         *_as_options(row),
     )
@@ -303,7 +310,7 @@ def milliseconds_a_video(rows: list[Row]) -> dict[str, float]:
 
 def _video_config(row: Row) -> TestaVideoConfig:
     config = AutoConfig.from_pretrained(RECIPES).video_config
-    for name, value in {"num_frames": NUM_FRAMES, **_merges(0, 0), **row.changes}.items():
+    for name, value in {"num_frames": row.num_frames, **_merges(0, 0), **row.changes}.items():
         setattr(config, name, value)
     return config
 

@@ -244,7 +244,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[Tensor, Tensor]:
-    attention_logits = query @ key.transpose(2, 3) * scaling
+    attention_logits = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
         attention_logits = attention_logits + attention_mask
     attention_weights = torch.softmax(attention_logits, dim=-1, dtype=torch.float32).to(query.dtype)

@@ -254,7 +254,7 @@ def training_set(
         args.per_device_train_batch_size * accelerator.num_processes,
         args.seed,
         hard_negatives=distractor_rows(table) if data_args.group_distractors else None,
-        source_sizes=[len(set(source["video_id"])) if questions_per_video else len(source) for source in sources],
+        source_sizes=[len(set(source["video_id"][:])) if questions_per_video else len(source) for source in sources],
         source_weights=data_args.train_weights,
     )
     return dataset, sampler

@@ -208,6 +208,20 @@ def test_videos_bring_several_of_their_own_questions(questions, processor):
     )
 
 
+@pytest.mark.parametrize("cache", [None, cache_frames, cache_videos])
+@pytest.mark.parametrize("dataset_class", [VideoTextDataset, VideoQuestionsDataset])
+def test_a_batch_is_read_at_once_and_holds_what_single_items_do(questions, processor, tmp_path, cache, dataset_class):
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    frames = cache and cache(questions, processor.video_processor, tmp_path / "cache")
+    dataset = dataset_class(questions, processor.video_processor, frames)
+    keys = [(1, 3), (0, 4), (1, 5), 0] if dataset_class is VideoTextDataset else [(1, 3), (0, 4), (1, 5), (0, 6)]
+    batch = dataset.__getitems__(keys)
+    assert ["error" in item for item in batch] == [True, False, True, False]
+    for item, alone in zip(batch, [dataset[key] for key in keys], strict=True):
+        found, expected = item.pop("frames", None), alone.pop("frames", None)
+        assert item == alone and (found is None or torch.equal(found, expected))
+
+
 def test_a_question_batch_holds_all_answers_of_its_questions_in_order(questions, processor):
     dataset = VideoTextDataset(questions, processor.video_processor)
     batch = collate_question_samples([dataset[0, 5], dataset[1, 6], dataset[2, 7]], processor, max_question_tokens=4)

@@ -233,7 +233,9 @@ def _check_row(row: dict, number: int, place: str, columns: dict[str, "Column"])
 def _storable(value: Any) -> Any:
     """Return a value; JSON can spell halves of characters, which no table can hold: these are a ValueError."""
     try:
-        "".join(map(str, value if isinstance(value, list) else [value])).encode()
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"that is no text ({error.reason})") from error
     return value

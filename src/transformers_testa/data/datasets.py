@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,23 +75,40 @@ class VideoTextDataset(torch.utils.data.Dataset):
         Raises:
             ValueError: There is an augmentation and no seed, or its crop is larger than the frames.
         """
-        index, seed = key if isinstance(key, tuple) else (key, None)
-        if self.augmentation and seed is None:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int | None]]) -> list[dict]:
+        """Return the rows of a batch, as a loader asks for them: the table is read once for all."""
+        numbers, seeds = _split_keys(keys)
+        if self.augmentation and None in seeds:
             raise ValueError(
-                f"Row {index} is asked for without a seed, which augmentation needs: ask for (row, seed)."
+                f"Row {numbers[seeds.index(None)]} is asked for without a seed, which augmentation needs: ask for "
+                f"(row, seed)."
             )
-        row = self.table[index]
-        pair_id = self.pair_ids[row["video_id"]]
+        rows = self._read(numbers)
+        samples = []
+        for row, found, number, seed in zip(rows, self._find_frames(rows, seeds), numbers, seeds, strict=True):
+            if self.augmentation and seed is not None and "frames" in found:
+                found["frames"] = self.augmentation(found["frames"], seed)
+            samples.append({**row, **found, "index": number, "pair_id": self.pair_ids[row["video_id"]]})
+        return samples
+
+    def _read(self, numbers: list[int]) -> list[dict]:
+        columns = self.table[numbers]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _find_frames(self, rows: list[dict], seeds: list[int | None]) -> Iterator[dict]:
         if self.frames is None:
-            found = _decode(row, self.video_processor, seed=seed)
+            for row, seed in zip(rows, seeds, strict=True):
+                yield _decode(row, self.video_processor, seed=seed)
         elif "video" in self.frames.column_names:
-            found = _take(row, self._videos[self._row_of_video[row["video"]]], self.video_processor, seed)
+            cached = self._videos[[self._row_of_video[row["video"]] for row in rows]]
+            for place, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
+                yield _take(row, cached.slice(place, 1), self.video_processor, seed)
         else:
-            cached = self.frames[pair_id]
-            found = {"error": cached["error"]} if cached["error"] else {"frames": _from_bytes(cached)}
-        if self.augmentation and seed is not None and "frames" in found:
-            found["frames"] = self.augmentation(found["frames"], seed)
-        return {**row, **found, "index": index, "pair_id": pair_id}
+            for row in rows:
+                cached = self.frames[self.pair_ids[row["video_id"]]]
+                yield {"error": cached["error"]} if cached["error"] else {"frames": _from_bytes(cached)}
 
     def video_ids(self, rows: list[int]) -> list[str]:
         """Return the `video_id` of each of these items."""
@@ -130,13 +148,22 @@ class VideoQuestionsDataset(VideoTextDataset):
         """Return the `video_id` of each of these items."""
         return super().video_ids([self.rows_of_video[row][0] for row in rows])
 
-    def __getitem__(self, key: int | tuple[int, int | None]) -> dict:
-        """Return a video; `key` is its number, or its number and the seed of its questions, frames and augmentation."""
-        number, seed = key if isinstance(key, tuple) else (key, None)
-        rows = np.random.default_rng(seed).permutation(self.rows_of_video[number])
-        columns = self.table[np.resize(rows, self.questions_per_video).tolist()]
-        questions = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return {**super().__getitem__((self.rows_of_video[number][0], seed)), "questions": questions}
+    def __getitems__(self, keys: Sequence[int | tuple[int, int | None]]) -> list[dict]:
+        """Return videos; a key is a number, or a number and the seed of the questions, frames and augmentation."""
+        numbers, seeds = _split_keys(keys)
+        of_videos = [self.rows_of_video[number] for number in numbers]
+        videos = super().__getitems__([(rows[0], seed) for rows, seed in zip(of_videos, seeds, strict=True)])
+        drawn = [
+            np.resize(np.random.default_rng(seed).permutation(rows), self.questions_per_video)
+            for rows, seed in zip(of_videos, seeds, strict=True)
+        ]
+        questions = iter(self._read(np.concatenate(drawn).tolist()))
+        return [{**video, "questions": list(islice(questions, self.questions_per_video))} for video in videos]
+
+
+def _split_keys(keys: Sequence[int | tuple[int, int | None]]) -> tuple[list[int], list[int | None]]:
+    pairs = [key if isinstance(key, tuple) else (key, None) for key in keys]
+    return [number for number, _ in pairs], [seed for _, seed in pairs]
 
 
 def _decode(
