@@ -102,6 +102,19 @@ def test_new_weights_and_time_embeddings_are_as_the_arguments_say(tmp_path):
         ModelArguments(model_name_or_path=str(tmp_path), initializer_range=0.5)
 
 
+def test_a_new_text_encoder_starts_from_bert_where_one_is_named(tmp_path):
+    config = tiny_config()
+    config.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    bert = BertModel(BertConfig(**{name: getattr(config.text_config, name) for name in sizes}))
+    bert.save_pretrained(tmp_path / "bert")
+    model_args = ModelArguments(config_name=str(tmp_path), init_text_from_bert=str(tmp_path / "bert"))
+    model, _ = build_model(TestaForRetrieval, model_args, DataArguments())
+    words = model.testa.text_model.embeddings.word_embeddings.weight
+    torch.testing.assert_close(words, bert.embeddings.word_embeddings.weight)
+
+
 def test_a_written_recipe_gives_the_same_arguments(tmp_path):
     arguments = (
         GreetingArguments(names=["ann"]),
@@ -192,7 +205,11 @@ def test_merges_are_one_number_or_one_a_block(tmp_path):
         ({"keep_ratio": 0.5, "merged_patches_per_layer": 3}, "either merged_patches_per_layer or keep_ratio"),
         (
             {"mimetic_initialization": True, "init_from_blip": "blip.pth"},
-            "it needs config_name, and no init_from_blip",
+            "mimetic_initialization is for new weights: it needs config_name, and no init_from_blip",
+        ),
+        (
+            {"init_text_from_bert": "MiniLM", "init_from_blip": "blip.pth"},
+            "init_text_from_bert is for new weights: it needs config_name, and no init_from_blip",
         ),
         ({"merge_schedule": "increasing"}, "merge_schedule is 'increasing'; it needs keep_ratio or max_gflops"),
     ],

@@ -20,7 +20,7 @@ class ModelArguments:
     """Which model. `free` names, here and below, the arguments that may change when a run goes on from a checkpoint."""
 
     free: ClassVar[tuple[str, ...]] = (
-        *("config_name", "init_from_blip", "attn_implementation"),
+        *("config_name", "init_from_blip", "init_text_from_bert", "attn_implementation"),
         *("keep_ratio", "max_gflops", "merge_schedule"),  # what they lead to is in the model's configuration
     )
 
@@ -48,6 +48,12 @@ class ModelArguments:
     )
     init_from_blip: str | None = field(
         default=None, metadata={"help": "With config_name: a BLIP checkpoint (.pth, folder or Hub id) to start from."}
+    )
+    init_text_from_bert: str | None = field(
+        default=None,
+        metadata={
+            "help": "With config_name: a BERT model (folder or Hub id) that the text encoder starts from, MiniLM for one."
+        },
     )
     merged_frames_per_layer: list[int] | None = field(
         default=None, metadata={"help": "The paper's R_T, one number or one a block; else the config's."}
@@ -80,6 +86,8 @@ class ModelArguments:
             raise ValueError("mimetic_initialization is for new weights: it needs config_name, and no init_from_blip.")
         if self.init_from_blip and self.config_name is None:
             raise ValueError("init_from_blip needs config_name: the folder of the new model's configuration.")
+        if self.init_text_from_bert and (self.config_name is None or self.init_from_blip):
+            raise ValueError("init_text_from_bert is for new weights: it needs config_name, and no init_from_blip.")
         counts, budget = (
             [name for name in names if getattr(self, name) is not None]
             for names in (merges, ("keep_ratio", "max_gflops"))

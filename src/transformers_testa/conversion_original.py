@@ -139,15 +139,20 @@ def rename_video(name: str) -> str:
     return rename(name, _VIDEO_NAMES)
 
 
+def rename_text(name: str) -> str:
+    """Return the name in [`TestaTextModel`] of a tensor of BERT, or of the released text encoder."""
+    return rename(name, _TEXT_NAMES)
+
+
 def rename_all(name: str) -> str:
     """Return the name in a model with a head of a tensor of a released model, or of a BLIP model."""
     prefix, _, rest = name.partition(".")
     if prefix == "visual_encoder":
         return f"testa.video_model.{rename(rest, _VIDEO_NAMES)}"
     if prefix == "text_encoder":
-        return f"testa.text_model.{rename(rest, _TEXT_NAMES)}"
+        return f"testa.text_model.{rename_text(rest)}"
     if prefix == "text_decoder" and rest.startswith("bert."):
-        return f"text_decoder.text_model.{rename(rest.removeprefix('bert.'), _TEXT_NAMES)}"
+        return f"text_decoder.text_model.{rename_text(rest.removeprefix('bert.'))}"
     if prefix == "text_decoder":
         return f"text_decoder.{rename(rest, _DECODER_NAMES)}"
     return rename(name, _HEAD_NAMES)

@@ -36,6 +36,7 @@ from transformers_testa.arguments import (
 from transformers_testa.budgets import plan_merges
 from transformers_testa.configuration_testa import TestaConfig, TestaVideoConfig
 from transformers_testa.conversion import from_blip
+from transformers_testa.conversion_bert import start_text_from_bert
 from transformers_testa.data.annotations import Task, load_annotations
 from transformers_testa.data.augmentation import VideoAugmentation
 from transformers_testa.data.benchmarks import BENCHMARKS, load_benchmark, load_hub_dataset
@@ -116,6 +117,8 @@ def build_model(
             for module in model.modules():
                 if isinstance(module, TestaVideoModel):
                     imitate_trained_attention(module)
+        if model_args.init_text_from_bert:
+            start_text_from_bert(model, model_args.init_text_from_bert)
     if model_args.attn_implementation:
         model.set_attn_implementation(model_args.attn_implementation)
     if gradient_checkpointing:
