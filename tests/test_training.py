@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from retrieval_world import tiny_config, tiny_processor, write_stories
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from transformers_testa import TestaForRetrieval, TestaForVideoQA, TestaVideoModel
 from transformers_testa.arguments import (
