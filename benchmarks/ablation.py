@@ -39,7 +39,7 @@ from transformers_testa.flops import count_video_gflops
 
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ROOT / "hub_configs" / "testa-demo"
+CONFIG_DIR = ROOT / "hub_configs" / "testa-demo"
 # About three frames a scene: with one, as in the demo's own recipe, frames hold nothing twice that could be merged.
 NUM_FRAMES = 24
 NUM_VIDEOS = 16
@@ -132,6 +132,10 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--data_dir", type=Path, required=True, help="What transformers_testa.data.demo made.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the runs.")
     parser.add_argument(
+        "--config_dir", type=Path, default=CONFIG_DIR, help="Folder of the model's configuration and the recipes."
+    )
+    parser.add_argument("--init_text_from_bert", help="What the text encoder starts from, as in run_retrieval.py.")
+    parser.add_argument(
         "--other_data_dir", type=Path, help="The same with another look, for the rows that are evaluated zero-shot."
     )
     names = [row.name for row in ROWS]
@@ -159,8 +163,12 @@ def main(arguments: list[str] | None = None):
             parser.error(f"--rows {needing[0]!r} needs --other_data_dir, the stories that it is trained on.")
         rows = [row for row in rows if not row.is_zero_shot]
     results = run_rows(rows, args)
-    speeds = milliseconds_a_video(rows)
-    table = [summarise(row, [results[row.name, seed] for seed in args.seeds], speeds[row.name]) for row in rows]
+    configs = {row.name: _video_config(row, args.config_dir) for row in rows}
+    speeds = milliseconds_a_video(configs)
+    table = [
+        summarise(row, configs[row.name], [results[row.name, seed] for seed in args.seeds], speeds[row.name])
+        for row in rows
+    ]
     machine = describe_machine()
     shown = markdown_table([{name: _with_spread(value) for name, value in entry.items()} for entry in table])
     seeds = "one seed" if len(args.seeds) == 1 else f"{len(args.seeds)} seeds: mean ± standard deviation"
@@ -212,13 +220,14 @@ def run_lessons(lessons: Lessons, seed: int, args: argparse.Namespace, threads: 
     data_dir = args.other_data_dir if lessons.is_zero_shot else args.data_dir
     untrained = Row(clips.name, "", {"attention_type": lessons.attention_type})
     shared = ("--seed", seed, "--do_eval", False, "--do_predict", False)
+    bert = ("--init_text_from_bert", args.init_text_from_bert) if args.init_text_from_bert else ()
     _run(
-        *(threads, clips, RECIPES / "recipe_clips.yaml", *shared, "--eval_before_training", False),
-        *("--config_name", with_changes(RECIPES, untrained, folder / "configurations")),
+        *(threads, clips, args.config_dir / "recipe_clips.yaml", *shared, *bert, "--eval_before_training", False),
+        *("--config_name", with_changes(args.config_dir, untrained, folder / "configurations")),
         *("--train_file", data_dir / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
     )
     _run(
-        *(threads, stories, RECIPES / "recipe.yaml", *shared, "--model_name_or_path", clips),
+        *(threads, stories, args.config_dir / "recipe.yaml", *shared, "--model_name_or_path", clips),
         *("--train_file", data_dir / "train.jsonl", "--max_train_steps", args.story_steps),
     )
 
@@ -229,7 +238,7 @@ def run_trained(row: Row, seed: int, args: argparse.Namespace, threads: int) -> 
     start = with_changes(row.lessons.folders(folder)[-1], row)
     data_dir = args.other_data_dir if row.is_zero_shot else args.data_dir
     return _run(
-        *(threads, folder / row.name, RECIPES / "recipe.yaml", "--model_name_or_path", start),
+        *(threads, folder / row.name, args.config_dir / "recipe.yaml", "--model_name_or_path", start),
         *("--num_frames", row.num_frames, *_as_options(row)),
         *("--seed", seed, "--max_train_steps", args.row_steps, "--train_file", data_dir / "train.jsonl"),
         *("--do_eval", False, "--test_file", args.data_dir / "test.jsonl"),
@@ -288,9 +297,10 @@ def _run(threads: int, output_dir: Path, *options: Any) -> dict[str, float]:
     return list(tested.values())[-1]
 
 
-def summarise(row: Row, results: list[dict[str, float]], milliseconds: float) -> dict[str, Any]:
+def summarise(
+    row: Row, config: TestaVideoConfig, results: list[dict[str, float]], milliseconds: float
+) -> dict[str, Any]:
     """Return a row of the table: figures of all seeds, GFLOPs, milliseconds and memory."""
-    config = _video_config(row)
     return {
         "table": row.table,
         "row": row.name,
@@ -301,15 +311,15 @@ def summarise(row: Row, results: list[dict[str, float]], milliseconds: float) ->
     }
 
 
-def milliseconds_a_video(rows: list[Row]) -> dict[str, float]:
+def milliseconds_a_video(configs: dict[str, TestaVideoConfig]) -> dict[str, float]:
     """Return the median of each row's encoder, 16 videos at a time, all rows taking turns."""
-    encoders = {row.name: _encoder(_video_config(row)) for row in rows}
+    encoders = {name: _encoder(config) for name, config in configs.items()}
     seconds = alternate(encoders, repeats=15)
     return {name: 1000 * statistics.median(runs) / NUM_VIDEOS for name, runs in seconds.items()}
 
 
-def _video_config(row: Row) -> TestaVideoConfig:
-    config = AutoConfig.from_pretrained(RECIPES).video_config
+def _video_config(row: Row, config_dir: Path) -> TestaVideoConfig:
+    config = AutoConfig.from_pretrained(config_dir).video_config
     for name, value in {"num_frames": row.num_frames, **_merges(0, 0), **row.changes}.items():
         setattr(config, name, value)
     return config

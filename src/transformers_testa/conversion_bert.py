@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from torch import Tensor
-from transformers import BertForMaskedLM, BertForPreTraining, BertModel, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.models.bert.modeling_bert import BertForMaskedLM, BertForPreTraining, BertModel
 
 from .configuration_testa import TestaTextConfig
 from .conversion_original import rename_text

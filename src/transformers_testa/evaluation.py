@@ -1,6 +1,7 @@
 """Evaluate a model on the splits of a run: retrieval and question answering."""
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -85,20 +86,26 @@ class Evaluator(ABC, Generic[Model]):
     def metrics_of(self, split: str, progress: Progress) -> dict[str, float]:
         """Compute the metrics of a split; videos that can't be decoded go into the progress."""
 
-    def create_loader(self, dataset: Any, collate: Callable, num_workers: int, **collate_settings: Any) -> DataLoader:
+    def create_loader(
+        self, dataset: Any, collate: Callable, num_workers: int, rows_per_sample: int = 1, **collate_settings: Any
+    ) -> DataLoader:
         """Return a loader whose batches are split over the processes."""
+        samples = self.args.per_device_eval_batch_size // rows_per_sample
         return self.accelerator.prepare(
             create_loader(
                 dataset,
                 partial(collate, processor=self.processor, **collate_settings),
                 num_workers,
-                batch_size=self.args.per_device_eval_batch_size * self.accelerator.num_processes,
+                batch_size=samples * self.accelerator.num_processes,
             )
         )
 
-    def video_dataset(self, table: Dataset) -> VideoTextDataset:
+    def video_dataset(self, table: Dataset, questions_per_video: int | None = None) -> VideoTextDataset:
         """Return the data set of a table, sampled as in use."""
-        return video_dataset(table, self.processor.video_processor, self.data_args, self.args, self.accelerator)
+        return video_dataset(
+            *(table, self.processor.video_processor, self.data_args, self.args, self.accelerator),
+            questions_per_video=questions_per_video,
+        )
 
 
 class RetrievalEvaluator(Evaluator[Retriever]):
@@ -165,11 +172,15 @@ class QuestionEvaluator(Evaluator[TestaForVideoQA | TestaForMultipleChoiceVideoQ
 
     def loaders_of(self, table: Dataset) -> tuple[DataLoader]:
         collate = collate_choices if "choices" in table.column_names else collate_questions
+        # A video with fewer questions repeats some, whose answers are the same; one with more is encoded again.
+        mean = math.ceil(len(table) / len(set(table["video_id"][:])))
+        questions_per_video = min(mean, self.args.per_device_eval_batch_size)
         return (
             self.create_loader(
-                self.video_dataset(table),
+                self.video_dataset(table, questions_per_video),
                 collate,
                 self.args.num_workers,
+                rows_per_sample=questions_per_video,
                 max_question_tokens=self.max_question_tokens,
             ),
         )
@@ -204,7 +215,7 @@ class QuestionEvaluator(Evaluator[TestaForVideoQA | TestaForMultipleChoiceVideoQ
                 rows = batch.pop("index")
                 del batch["question_id"]
                 own += zip(rows, answer(**batch), strict=True)
-        # The copies that a distributed sampler adds have the number of their original.
+        # The copies that the data set and a distributed sampler add have the number of their original.
         return dict(sorted(gather_object(own)))
 
     def _answer_function(self, split: str) -> Callable[..., list]:

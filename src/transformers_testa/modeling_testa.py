@@ -1617,7 +1617,7 @@ class TestaForVideoQA(TestaPreTrainedModel):
         attention_mask: Tensor | None = None,
         **generate_kwargs: Any,
     ) -> Tensor:
-        """Answer questions `[B, N]` about videos `[B, T, C, H, W]` in free text.
+        """Answer questions `[B, N]` about videos `[V, T, C, H, W]` in free text; each serves B / V questions in a row.
 
         Args:
             generate_kwargs: Those of [`~transformers.GenerationMixin.generate`]: `num_beams`, `max_new_tokens`, ...
@@ -1663,7 +1663,7 @@ class TestaForVideoQA(TestaPreTrainedModel):
         """Choose among the same answers for every question.
 
         Args:
-            pixel_values_videos: `[B, T, C, H, W]`.
+            pixel_values_videos: `[V, T, C, H, W]`, each of B / V questions in a row.
             input_ids: `[B, N]`, questions.
             attention_mask: `[B, N]`.
             answer_input_ids: `[answers, L]`, as the tokenizer gives them.

@@ -212,11 +212,13 @@ def video_dataset(
 ) -> VideoTextDataset:
     """Return the data set of a table, its frames cached if asked for; in training with sampling and augmentation.
 
-    With `questions_per_video` it is one of videos with so many of their questions each.
+    With `questions_per_video` it is one of videos with so many of their questions each, outside training with all.
     """
     make_dataset: Callable[..., VideoTextDataset] = VideoTextDataset
     if questions_per_video:
-        make_dataset = partial(VideoQuestionsDataset, questions_per_video=questions_per_video)
+        make_dataset = partial(
+            VideoQuestionsDataset, questions_per_video=questions_per_video, all_questions=not training
+        )
     video_processor = deepcopy(video_processor)
     augmentation = None
     if training:

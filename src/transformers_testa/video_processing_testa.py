@@ -94,6 +94,8 @@ class TestaVideoProcessor(BaseVideoProcessor):
     strict = False
     decoding_time_limit = DECODING_TIME_LIMIT_SECONDS
     decoding_memory_limit = DECODING_MEMORY_LIMIT_BYTES
+    start: int | float | list[int | float | None] | None
+    end: int | float | list[int | float | None] | None
     decoding_threads: int | None
     valid_kwargs = TestaVideoProcessorKwargs  # type: ignore[assignment]  # the base class declares those of images
 

@@ -222,6 +222,21 @@ def test_a_batch_is_read_at_once_and_holds_what_single_items_do(questions, proce
         assert item == alone and (found is None or torch.equal(found, expected))
 
 
+def test_evaluation_sees_a_video_once_for_several_questions_and_every_question(questions, processor):
+    """Video a has questions 0 and 2, video b question 1."""
+    for number, expected in ((1, [[0], [2], [1]]), (2, [[0, 2], [1, 1]]), (3, [[0, 2, 0], [1, 1, 1]])):
+        settings = {"questions_per_video": number, "all_questions": True}
+        dataset = VideoQuestionsDataset(questions, processor.video_processor, **settings)
+        batch = collate_questions([dataset[place] for place in range(len(dataset))], processor, 4)
+        assert len(batch["pixel_values_videos"]) == len(dataset) == len(expected)
+        assert batch["index"] == [*itertools.chain(*expected)]
+        assert batch["question_id"] == [f"q{row}" for row in batch["index"]]
+        alone = VideoTextDataset(questions, processor.video_processor)
+        assert torch.equal(
+            batch["input_ids"], collate_questions([alone[row] for row in batch["index"]], processor, 4)["input_ids"]
+        )
+
+
 def test_a_question_batch_holds_all_answers_of_its_questions_in_order(questions, processor):
     dataset = VideoTextDataset(questions, processor.video_processor)
     batch = collate_question_samples([dataset[0, 5], dataset[1, 6], dataset[2, 7]], processor, max_question_tokens=4)
@@ -330,6 +345,7 @@ def test_a_cache_of_whole_videos_gives_the_frames_of_any_clip_and_sampling(
         ]
     )
     videos = processor.video_processor
+    videos.start, videos.end = 0.25, 2.0  # for the rows that name none
     files = cache_videos(table, videos, tmp_path / "cache")
     videos.frame_sampling, videos.num_frames = frame_sampling, num_frames
     assert cache_videos(table.select([4, 1]), videos, tmp_path / "cache").cache_files == files.cache_files

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Of the formats that Pillow can open, some run another program (PostScript), whatever the file is called.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 # Settings of a video processor that choose frames and don't change them.
-CHOOSING_SETTINGS = ("num_frames", "fps", "frame_sampling", "do_sample_frames", "strict")
+CHOOSING_SETTINGS = ("num_frames", "fps", "frame_sampling", "do_sample_frames", "strict", "start", "end", "seed")
 
 
 class VideoTextDataset(torch.utils.data.Dataset):
@@ -126,20 +127,35 @@ class VideoQuestionsDataset(VideoTextDataset):
     """Videos with several of their questions each, so that a video is encoded once for all of them.
 
     An item is that of the first row of a video in [`VideoTextDataset`], plus `questions`: a list of
-    `questions_per_video` rows of that video, drawn with the item's seed; again from the first where a video has fewer.
+    `questions_per_video` rows of that video, each with its `index`. Asked for with a seed, they are drawn with it, else
+    they are in order; again from the first where a video has fewer.
 
     Args:
         table: What [`load_annotations`] returns for questions or choices.
         questions_per_video: Rows of each item.
+        all_questions: Whether a video with more questions makes several items, so that each question is in one.
         kwargs: The other arguments of [`VideoTextDataset`].
     """
 
-    def __init__(self, table: datasets.Dataset, *args: Any, questions_per_video: int = 1, **kwargs: Any):
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        *args: Any,
+        questions_per_video: int = 1,
+        all_questions: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(table, *args, **kwargs)
         self.questions_per_video = questions_per_video
         self.rows_of_video: list[list[int]] = [[] for _ in self.pair_ids]
         for row, video_id in enumerate(table["video_id"][:]):
             self.rows_of_video[self.pair_ids[video_id]].append(row)
+        if all_questions:
+            self.rows_of_video = [
+                rows[first : first + questions_per_video]
+                for rows in self.rows_of_video
+                for first in range(0, len(rows), questions_per_video)
+            ]
 
     def __len__(self) -> int:
         return len(self.rows_of_video)
@@ -153,11 +169,15 @@ class VideoQuestionsDataset(VideoTextDataset):
         numbers, seeds = _split_keys(keys)
         of_videos = [self.rows_of_video[number] for number in numbers]
         videos = super().__getitems__([(rows[0], seed) for rows, seed in zip(of_videos, seeds, strict=True)])
-        drawn = [
-            np.resize(np.random.default_rng(seed).permutation(rows), self.questions_per_video)
-            for rows, seed in zip(of_videos, seeds, strict=True)
-        ]
-        questions = iter(self._read(np.concatenate(drawn).tolist()))
+        chosen = np.concatenate(
+            [
+                np.resize(
+                    rows if seed is None else np.random.default_rng(seed).permutation(rows), self.questions_per_video
+                )
+                for rows, seed in zip(of_videos, seeds, strict=True)
+            ]
+        ).tolist()
+        questions = ({**row, "index": number} for row, number in zip(self._read(chosen), chosen, strict=True))
         return [{**video, "questions": list(islice(questions, self.questions_per_video))} for video in videos]
 
 
@@ -263,6 +283,8 @@ def cache_videos(
         and `duration`, in seconds, and `error` (None, or why the video can't be decoded).
     """
     videos = datasets.Dataset.from_dict({"video": sorted(set(table["video"][:]))})
+    video_processor = deepcopy(video_processor)
+    video_processor.start = video_processor.end = None
     settings = {name: value for name, value in video_processor.to_dict().items() if name not in CHOOSING_SETTINGS}
     identity = [settings, [_clip_identity(row) for row in videos]]
     columns = {
@@ -465,8 +487,9 @@ def collate_questions(samples: list[dict], processor: TestaProcessor, max_questi
     """
     decoded, batch = _collate_frames(samples, processor)
     if decoded:
-        batch |= _tokenize([sample["question"] for sample in decoded], processor, max_question_tokens)
-        batch |= _names(decoded, "question_id", "index")
+        rows = _questions(decoded)
+        batch |= _tokenize([row["question"] for row in rows], processor, max_question_tokens)
+        batch |= _names(rows, "question_id", "index")
     return batch
 
 
@@ -481,8 +504,9 @@ def collate_choices(samples: list[dict], processor: TestaProcessor, max_question
     """
     decoded, batch = _collate_frames(samples, processor)
     if decoded:
-        batch |= _tokenize_choices(decoded, processor, max_question_tokens)
-        batch |= _names(decoded, "question_id", "index")
+        rows = _questions(decoded)
+        batch |= _tokenize_choices(rows, processor, max_question_tokens)
+        batch |= _names(rows, "question_id", "index")
     return batch
 
 
