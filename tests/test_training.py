@@ -520,9 +520,11 @@ def test_sources_may_share_clips_and_no_id_of_two(tmp_path):
 
     assert len(join_sources([source(), source(text="a cat")])) == 4
     assert len(join_sources([source(start=1.0, end=2.0), source(start=1.0, end=2.0)])) == 4
-    with pytest.raises(ValueError, match=r"'b' stands for a.mp4 from None to None s .* for b.mp4 from None to None s"):
+    with pytest.raises(
+        ValueError, match=r"source 2: `video_id` 'b' stands for b.mp4 .* in source 1 for a.mp4 from None"
+    ):
         join_sources([source(), source(video="b.mp4")])
-    with pytest.raises(ValueError, match=r"'b' stands for a.mp4 from 1.0 to 2.0 s .* for a.mp4 from 1.0 to 3.0 s"):
+    with pytest.raises(ValueError, match=r"'b' stands for a.mp4 from 1.0 to 3.0 s, .* for a.mp4 from 1.0 to 2.0 s"):
         join_sources([source(start=1.0, end=2.0), source(start=1.0, end=3.0)])
 
 

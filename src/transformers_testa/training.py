@@ -6,10 +6,11 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ from transformers_testa.budgets import plan_merges
 from transformers_testa.configuration_testa import TestaConfig, TestaVideoConfig
 from transformers_testa.conversion import from_blip
 from transformers_testa.conversion_bert import start_text_from_bert
-from transformers_testa.data.annotations import Task, load_annotations
+from transformers_testa.data.annotations import Task, check_clips, load_annotations
 from transformers_testa.data.augmentation import VideoAugmentation
 from transformers_testa.data.benchmarks import BENCHMARKS, load_benchmark, load_hub_dataset
 from transformers_testa.data.datasets import (
@@ -284,18 +285,16 @@ def join_sources(tables: list[datasets.Dataset]) -> datasets.Dataset:
         raise ValueError(
             f"The files of a split have {' and '.join(map(str, sorted(numbers)))} choices a question; one number is needed."
         )
-    clips: dict[str, tuple] = {}
-    for table in tables if len(tables) > 1 else ():
-        nothing = [None] * len(table)
-        times = (table[name][:] if name in table.column_names else nothing for name in ("start", "end"))
-        for video_id, *clip in zip(table["video_id"][:], table["video"][:], *times, strict=True):
-            first = clips.setdefault(video_id, tuple(clip))
-            if first != tuple(clip):
-                raise ValueError(
-                    f"`video_id` {video_id!r} stands for {first[0]} from {first[1]} to {first[2]} s in one file of a "
-                    f"split, and for {clip[0]} from {clip[1]} to {clip[2]} s in another; two clips need two ids."
-                )
+    if len(tables) > 1:
+        check_clips(chain.from_iterable(_clips(table, f"source {number}") for number, table in enumerate(tables, 1)))
     return datasets.concatenate_datasets(tables)
+
+
+def _clips(table: datasets.Dataset, place: str) -> Iterator[tuple[str, tuple[str, float | None, float | None], str]]:
+    nothing = [None] * len(table)
+    times = (table[name][:] if name in table.column_names else nothing for name in ("start", "end"))
+    for video_id, video, start, end in zip(table["video_id"][:], table["video"][:], *times, strict=True):
+        yield video_id, (video, start, end), place
 
 
 def create_objective(

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -241,19 +241,37 @@ def _storable(value: Any) -> Any:
     return value
 
 
-def _check_video_ids(rows: list[dict], places: list[str]) -> None:
+def check_clips(clips: Iterable[tuple[str, tuple[str, float | None, float | None], str]]) -> set[str]:
+    """Make sure that no `video_id` stands for two clips.
+
+    Args:
+        clips: `video_id`, clip (video, start, end) and place, of each row.
+
+    Returns:
+        All `video_id`.
+
+    Raises:
+        ValueError: One stands for two.
+    """
     seen: dict[str, tuple[tuple, str]] = {}  # by id, the clip and the place of its first row
-    for row, place in zip(rows, places, strict=True):
-        clip = (row["video"], row["start"], row["end"])
-        first, first_place = seen.setdefault(row["video_id"], (clip, place))
+    for video_id, clip, place in clips:
+        first, first_place = seen.setdefault(video_id, (clip, place))
         if first != clip:
             raise ValueError(
-                f"{place}: `video_id` {row['video_id']!r} stands for {clip[0]} from {clip[1]} to {clip[2]} s, but in "
+                f"{place}: `video_id` {video_id!r} stands for {clip[0]} from {clip[1]} to {clip[2]} s, but in "
                 f"{first_place} for {first[0]} from {first[1]} to {first[2]} s; two clips need two ids."
             )
+    return set(seen)
+
+
+def _check_video_ids(rows: list[dict], places: list[str]) -> None:
+    video_ids = check_clips(
+        (row["video_id"], (row["video"], row["start"], row["end"]), place)
+        for row, place in zip(rows, places, strict=True)
+    )
     for row, place in zip(rows, places, strict=True):
         distractor = row.get("distractor")
-        if distractor is not None and (distractor not in seen or distractor == row["video_id"]):
+        if distractor is not None and (distractor not in video_ids or distractor == row["video_id"]):
             raise ValueError(f"{place}: `distractor` {distractor!r} is no other video's `video_id` in this file.")
 
 
