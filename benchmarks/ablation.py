@@ -4,8 +4,11 @@
     python benchmarks/ablation.py --data_dir demo_stories --output_dir runs/ablation
     python benchmarks/ablation.py --data_dir demo_stories --output_dir runs/ablation --rows none "trained, both" --seeds 0
 
-    python -m transformers_testa.data.demo --output_dir demo_photographs --backgrounds PHOTOGRAPHS
-    python benchmarks/ablation.py --data_dir demo_stories --other_data_dir demo_photographs --output_dir runs/ablation
+    python -m transformers_testa.data.demo --output_dir demo_elsewhere --backgrounds PHOTOGRAPHS
+    python benchmarks/ablation.py --data_dir demo_stories --other_data_dir demo_elsewhere --output_dir runs/ablation
+
+    python benchmarks/ablation.py --config_dir hub_configs/testa-demo-photographs --data_dir demo_photographs --seeds 0 \
+        --output_dir runs/photographs --rows none "trained, both"
 
 A row is a configuration of the video encoder. All rows with one kind of attention share two lessons without merging, on
 clips and on stories of 12 frames, as the paper's share their pre-training. Then each is trained for the same steps on 24
