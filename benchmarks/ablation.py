@@ -137,7 +137,6 @@ def main(arguments: list[str] | None = None):
     parser.add_argument(
         "--config_dir", type=Path, default=CONFIG_DIR, help="Folder of the model's configuration and the recipes."
     )
-    parser.add_argument("--init_text_from_bert", help="What the text encoder starts from, as in run_retrieval.py.")
     parser.add_argument(
         "--other_data_dir", type=Path, help="The same with another look, for the rows that are evaluated zero-shot."
     )
@@ -223,9 +222,8 @@ def run_lessons(lessons: Lessons, seed: int, args: argparse.Namespace, threads: 
     data_dir = args.other_data_dir if lessons.is_zero_shot else args.data_dir
     untrained = Row(clips.name, "", {"attention_type": lessons.attention_type})
     shared = ("--seed", seed, "--do_eval", False, "--do_predict", False)
-    bert = ("--init_text_from_bert", args.init_text_from_bert) if args.init_text_from_bert else ()
     _run(
-        *(threads, clips, args.config_dir / "recipe_clips.yaml", *shared, *bert, "--eval_before_training", False),
+        *(threads, clips, args.config_dir / "recipe_clips.yaml", *shared, "--eval_before_training", False),
         *("--config_name", with_changes(args.config_dir, untrained, folder / "configurations")),
         *("--train_file", data_dir / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
     )

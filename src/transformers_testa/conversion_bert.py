@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torch import Tensor
+import torch
 from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertForMaskedLM, BertForPreTraining, BertModel
 
@@ -63,13 +63,7 @@ def _copy(text_model: TestaTextModel, bert: BertModel, source: str) -> None:
     weights = {name: tensor for name, tensor in found.items() if name in expected}
     words, positions = (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))
     first_type = found["embeddings.token_type_embeddings.weight"][0]
-    weights[words] = _put_first(found[words], expected[words])
+    weights[words] = torch.cat([found[words], expected[words][len(found[words]) :]])
     weights[positions] = (found[positions] + first_type)[: len(expected[positions])]
     kept = tuple(name for name in expected if ".cross_attention." in name)
     load_weights(text_model, weights, source, may_miss=kept)
-
-
-def _put_first(values: Tensor, into: Tensor) -> Tensor:
-    whole = into.clone()
-    whole[: len(values)] = values
-    return whole

@@ -107,9 +107,9 @@ class VideoTextDataset(torch.utils.data.Dataset):
             for place, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
                 yield _take(row, cached.slice(place, 1), self.video_processor, seed)
         else:
-            for row in rows:
-                cached = self.frames[self.pair_ids[row["video_id"]]]
-                yield {"error": cached["error"]} if cached["error"] else {"frames": _from_bytes(cached)}
+            cached = self.frames[[self.pair_ids[row["video_id"]] for row in rows]]
+            for pixels, shape, error in zip(cached["frames"], cached["shape"], cached["error"], strict=True):
+                yield {"error": error} if error else {"frames": _from_bytes(pixels, shape)}
 
     def video_ids(self, rows: list[int]) -> list[str]:
         """Return the `video_id` of each of these items."""
@@ -340,8 +340,8 @@ def _decode_to_bytes(row: dict, video_processor: TestaVideoProcessor, decoding_t
     return {"frames": frames.numpy().tobytes(), "shape": list(frames.shape), "error": found.get("error")}
 
 
-def _from_bytes(cached: dict) -> torch.Tensor:
-    return torch.frombuffer(bytearray(cached["frames"]), dtype=torch.uint8).reshape(cached["shape"])
+def _from_bytes(pixels: bytes, shape: list[int]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(shape)
 
 
 def _decode_whole(row: dict, video_processor: TestaVideoProcessor, decoding_threads: int | None) -> dict:
