@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import describe_machine, save_json
+from measuring import describe_machine, print_table, save_json
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -70,20 +70,20 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--output", type=Path, help="JSON file for the figures.")
     args = parser.parse_args(arguments)
     rows = []
-    print("| architecture | GB of the file | seconds | peak GiB |\n|---|---|---|---|")
     for architecture in tqdm(CHECKPOINTS, desc="Converting", unit="file"):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "testa.pth")
             write_checkpoint(file, architecture)
             seconds, gibibytes = convert(file, architecture, Path(folder, "converted"))
-            row = {
-                "architecture": architecture,
-                "gigabytes": round(file.stat().st_size / 1e9, 2),
-                "seconds": round(seconds, 1),
-                "peak_gibibytes": round(gibibytes, 2),
-            }
-        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
-        rows.append(row)
+            rows.append(
+                {
+                    "architecture": architecture,
+                    "GB of the file": file.stat().st_size / 1e9,
+                    "seconds": seconds,
+                    "peak GiB": gibibytes,
+                }
+            )
+    print_table(rows)
     save_json(args.output, describe_machine(), rows)
 
 

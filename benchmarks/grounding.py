@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import describe_machine, print_table, save_json
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoProcessor
@@ -31,7 +32,12 @@ from transformers_testa.visualization import best_span
 
 # An object is in a region where it fills at least this share of one of its patches.
 LEAST_SHARE = 0.1
-FIGURES = ["object in the best region", "share of that region", "best frame in the scene", "overlap of the best span"]
+FIGURES = (
+    "object in the best region, %",
+    "share of that region, %",
+    "best frame in the scene, %",
+    "overlap of the best span, %",
+)
 
 
 def cosine(model: TestaForRetrieval, pixel_values: Tensor, texts: dict[str, Tensor]) -> Tensor:
@@ -153,17 +159,13 @@ def main(arguments: list[str] | None = None):
                         found.setdefault((form, similarity), []).append(best)
                         found.setdefault((form, "random"), []).append(chance)
 
-    print(f"{len(stories)} videos; {num_seen} of their {num_objects} objects are in the frames that the model sees.\n")
-    print("| text | by | " + " | ".join(f"{figure}, %" for figure in FIGURES) + " |")
-    print("|---|---|" + "---|" * len(FIGURES))
-    results = []
+    rows = []
     for (form, similarity), values in found.items():
-        figures = (100 * np.mean(values, axis=0)).round(1).tolist()
-        print(f"| {form} | {similarity} | " + " | ".join(map(str, figures)) + " |")
-        results.append({"text": form, "by": similarity, **dict(zip(FIGURES, figures, strict=True))})
-    if args.output:
-        seen = {"videos": len(stories), "objects": num_seen, "results": results}
-        args.output.write_text(json.dumps(seen, indent=2) + "\n")
+        figures = (100 * np.mean(values, axis=0)).tolist()
+        rows.append({"text": form, "by": similarity, **dict(zip(FIGURES, figures, strict=True))})
+    print(f"{len(stories)} videos; {num_seen} of their {num_objects} objects are in the frames that the model sees.\n")
+    print_table(rows)
+    save_json(args.output, describe_machine(), {"videos": len(stories), "objects": num_seen, "rows": rows})
 
 
 if __name__ == "__main__":

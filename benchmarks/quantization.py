@@ -9,13 +9,12 @@ encoder's.
 """
 
 import argparse
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import describe_machine
+from measuring import describe_machine, print_table, save_json
 from torch.utils.data import DataLoader
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from transformers import AutoProcessor, PreTrainedModel, TorchAoConfig
@@ -43,7 +42,11 @@ PRECISIONS = {
         "quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=HEADS),
     },
 }
-RECALLS = [f"{ranked}text_to_video_recall@{k}" for ranked in ("", "reranked_") for k in (1, 5, 10)]
+RECALLS = {
+    f"{shown}R@{k}": f"{ranked}text_to_video_recall@{k}"
+    for shown, ranked in (("", ""), ("re-ranked ", "reranked_"))
+    for k in (1, 5, 10)
+}
 
 
 def megabytes_of(model: PreTrainedModel) -> float:
@@ -78,25 +81,22 @@ def main(arguments: list[str] | None = None):
 
     machine = describe_machine()
     print(f"{len(table)} texts, {len(videos)} videos. {machine}\n")
-    print("| precision | MB | seconds per video | R@1 | R@5 | R@10 | re-ranked R@1 | R@5 | R@10 |")
-    print("|---|---|---|---|---|---|---|---|---|")
     broken_videos, rows = BrokenVideos(), []
     for precision, settings in PRECISIONS.items():
         model = TestaForRetrieval.from_pretrained(args.model_name_or_path, **settings)
         with inference(model):  # the first time is slower
             model.get_video_features(next(broken_videos.filter(video_loader))["pixel_values_videos"])
         metrics, _ = evaluate_retrieval(model, broken_videos.filter(video_loader), text_loader)
-        row = {
-            "precision": precision,
-            "megabytes": round(megabytes_of(model), 1),
-            "seconds_per_video": round(metrics["seconds_per_video"], 4),
-            **{name: round(metrics[name], 2) for name in RECALLS},
-        }
-        print("| " + " | ".join(map(str, row.values())) + " |")
-        rows.append(row)
-    if args.output:
-        figures = {"machine": machine, "texts": len(table), "videos": len(videos), "results": rows}
-        args.output.write_text(json.dumps(figures, indent=2) + "\n")
+        rows.append(
+            {
+                "precision": precision,
+                "MB": megabytes_of(model),
+                "seconds per video": metrics["seconds_per_video"],
+                **{shown: metrics[name] for shown, name in RECALLS.items()},
+            }
+        )
+    print_table(rows)
+    save_json(args.output, machine, {"texts": len(table), "videos": len(videos), "rows": rows})
 
 
 if __name__ == "__main__":

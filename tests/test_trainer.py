@@ -385,10 +385,10 @@ def test_the_benchmark_compares_precisions(world, tmp_path, monkeypatch):
         main([*settings, "--output", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["machine"] in printed.getvalue()
-    rows = {row["precision"]: row for row in figures["results"]}
+    rows = {row["precision"]: row for row in figures["results"]["rows"]}
     assert list(rows) == ["fp32", "bf16", "int8"]
-    assert rows["fp32"]["megabytes"] > rows["bf16"]["megabytes"]
-    assert rows["fp32"]["megabytes"] > rows["int8"]["megabytes"]
-    for row in rows.values():
-        assert f"| {row['precision']} | {row['megabytes']} | {row['seconds_per_video']} |" in printed.getvalue()
-        assert row["reranked_text_to_video_recall@10"] == 100
+    assert rows["fp32"]["MB"] > rows["bf16"]["MB"]
+    assert rows["fp32"]["MB"] > rows["int8"]["MB"]
+    for precision, row in rows.items():
+        assert f"| {precision} | {row['MB']:.3g} | {row['seconds per video']:.3g} |" in printed.getvalue()
+        assert row["re-ranked R@10"] == 100
