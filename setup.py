@@ -26,6 +26,7 @@ extras["test"] = [
     "ruff>=0.17",
     "selenium>=4.51",
     "setuptools",
+    "timm>=1.0",
     "types-PyYAML>=6.0.12",
     "types-tqdm>=4.67",
     *extras["app"],

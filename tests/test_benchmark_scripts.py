@@ -4,7 +4,12 @@ import importlib
 import json
 
 import pytest
+import timm
+import torch
+from PIL import Image
+from transformers import AutoConfig, BertConfig, BertModel
 
+from transformers_testa import TestaForRetrieval
 from transformers_testa.data.demo import DemoArguments, make_demo
 
 
@@ -75,3 +80,42 @@ def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
     ablation.main(command)
     assert {file: file.stat().st_mtime_ns for file in written} == written and len(written) == 7
+
+
+def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_with(tmp_path, capsys):
+    for number in range(120):
+        picture = Image.new("RGBA", (20, 20), (2 * number, 100, 200, 255))
+        (tmp_path / "objects").mkdir(exist_ok=True)
+        picture.save(tmp_path / f"objects/{number}.png")
+        (tmp_path / f"objects/{number}.txt").write_text(f"Sheep {number}.")
+    sizes = {"num_train": 8, "num_validation": 2, "num_test": 4, "image_size": 32, "fps": 4}
+    scenes = {"min_scenes": 3, "max_scenes": 4, "objects": str(tmp_path / "objects")}
+    make_demo(DemoArguments(str(tmp_path / "demo"), **sizes, **scenes))
+    ablation, distillation = map(importlib.import_module, ("ablation", "distillation"))
+    text_config = AutoConfig.from_pretrained(ablation.CONFIG_DIR).text_config
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    bert = BertModel(BertConfig(**{name: getattr(text_config, name) for name in shared}))
+    bert.save_pretrained(tmp_path / "bert")
+    teacher = timm.create_model(distillation.TEACHER).state_dict()
+    torch.save({f"other.{name}": weight for name, weight in teacher.items()}, tmp_path / "teacher.pth")
+
+    start = tmp_path / "start"
+    sources = ("--image_weights", tmp_path / "teacher.pth", "--text_model", tmp_path / "bert")
+    folders = ("--data_dir", tmp_path / "demo", "--config_dir", ablation.CONFIG_DIR, "--output_dir", start)
+    distillation.main([*map(str, (*folders, *sources, "--max_train_steps", 3, "--batch_size", 4))])
+    rows = json.loads((start / "distillation.json").read_text())["results"]
+    assert [row["split"] for row in rows] == ["train", "validation", "test"]
+    assert all(0 <= row["R@1"] <= row["R@5"] <= 100 for row in rows)
+    assert "| validation |" in capsys.readouterr().out
+    started = TestaForRetrieval.from_pretrained(start)
+    words = started.testa.text_model.embeddings.word_embeddings.weight
+    torch.testing.assert_close(words, bert.embeddings.word_embeddings.weight)
+    assert not any(
+        block.temporal_fc.weight.any()
+        for block in started.testa.video_model.modules()
+        if hasattr(block, "temporal_fc")
+    )
+
+    steps = ("--clip_steps", "1", "--story_steps", "1", "--row_steps", "1", "--seeds", "0", "--rows", "none")
+    runs = tmp_path / "runs"
+    ablation.main(["--data_dir", str(tmp_path / "demo"), "--start", str(start), "--output_dir", str(runs), *steps])

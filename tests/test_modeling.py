@@ -33,7 +33,7 @@ def example_videos(batch_size: int = 2, num_frames: int = 4, size: int = 8) -> t
 
 
 def trained(model):
-    """Give every weight a value: new models have zeros where they would hide mistakes (temporal_fc)."""
+    """Give every weight a value: new models have zeros where they would hide mistakes (biases)."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2) if parameter.ndim > 1 else parameter.add_(0.1)
@@ -202,16 +202,6 @@ def test_fewer_frames_than_configured_cap_the_merges():
 def test_other_lengths_and_sizes_than_configured_work():
     model = TestaVideoModel(tiny_video_config()).eval()
     assert model(example_videos(num_frames=7, size=16)).token_map.shape == (2, 7, 16)
-
-
-def test_a_new_model_sees_frame_by_frame():
-    """temporal_fc starts at zero: without time embeddings a repeated frame gives the same tokens in any place."""
-    model = TestaVideoModel(tiny_video_config()).eval()
-    with torch.no_grad():
-        model.embeddings.time_embeddings.zero_()
-    still = example_videos(num_frames=1)
-    tokens = model(still.expand(-1, 4, -1, -1, -1)).last_hidden_state
-    torch.testing.assert_close(tokens[:, 1:].unflatten(1, (4, 4))[:, 3], model(still).last_hidden_state[:, 1:])
 
 
 def test_a_video_gives_the_same_tokens_alone_and_in_any_batch():

@@ -556,11 +556,8 @@ class TestaPreTrainedModel(PreTrainedModel):
             if hasattr(module, "time_embeddings"):
                 # As large as the patches they are added to, or the order of frames goes unnoticed for long.
                 init.copy_(module.time_embeddings, 0.5 * sinusoids(*module.time_embeddings.shape[1:])[None])
-        elif isinstance(module, TestaTemporalBlock):
-            # A new model starts as an image model that sees frame by frame.
-            init.zeros_(module.temporal_fc.weight)
-            if module.config.use_temporal_scaling:
-                init.zeros_(module.temporal_scaling)
+        elif isinstance(module, TestaTemporalBlock) and module.config.use_temporal_scaling:
+            init.zeros_(module.temporal_scaling)
         elif isinstance(module, TestaTextEmbeddings):
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1])[None])
             init.copy_(module.position_embeddings.weight, std * sinusoids(*module.position_embeddings.weight.shape))
