@@ -8,13 +8,14 @@
     python benchmarks/ablation.py --data_dir demo_stories --other_data_dir demo_elsewhere --output_dir runs/ablation
 
     python benchmarks/ablation.py --config_dir hub_configs/testa-demo-photographs --data_dir demo_photographs --seeds 0 \
-        --start runs/testa-demo-photographs-start --output_dir runs/photographs --rows none "trained, both"
+        --output_dir runs/photographs --rows none "trained, both"
 
 A row is a configuration of the video encoder. All rows with one kind of attention share two lessons without merging, on
 clips and on stories of 12 frames, as the paper's share their pre-training. Then each is trained for the same steps on 24
 frames, merging as it says. Rows "off the shelf" merge with the weights of the row "none", without training. Each run is one of
 run_retrieval.py in a folder of its own, with its log: the command goes on where it was when it is given again. Budgets are
-near 57 % of the GFLOPs without aggregation; each row says its own.
+near 57 % of the GFLOPs without aggregation; each row says its own. The first lesson starts from new weights, or from the
+model that its recipe names.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from measuring import alternate, describe_machine, markdown_table, peak_memory, save_json
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -139,7 +141,6 @@ def main(arguments: list[str] | None = None):
     parser.add_argument(
         "--config_dir", type=Path, default=CONFIG_DIR, help="Folder of the model's configuration and the recipes."
     )
-    parser.add_argument("--start", type=Path, help="Model that the first lesson starts from, instead of new weights.")
     parser.add_argument(
         "--other_data_dir", type=Path, help="The same with another look, for the rows that are evaluated zero-shot."
     )
@@ -224,7 +225,9 @@ def run_lessons(lessons: Lessons, seed: int, args: argparse.Namespace, threads: 
     clips, stories = lessons.folders(folder)
     data_dir = args.other_data_dir if lessons.is_zero_shot else args.data_dir
     first = Row(clips.name, "", {"attention_type": lessons.attention_type})
-    kind, source = ("config_name", args.config_dir) if args.start is None else ("model_name_or_path", args.start)
+    recipe = yaml.safe_load((args.config_dir / "recipe_clips.yaml").read_text())
+    kind = "model_name_or_path" if "model_name_or_path" in recipe else "config_name"
+    source = Path(recipe[kind]) if kind == "model_name_or_path" else args.config_dir
     shared = ("--seed", seed, "--do_eval", False, "--do_predict", False)
     _run(
         *(threads, clips, args.config_dir / "recipe_clips.yaml", *shared, "--eval_before_training", False),

@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None):
         frames[split], numbers = draw_frames(scenes, demo.image_size, processor.video_processor)
         features[split], pictures = features_of_pictures(scenes, teacher)
         shown[split] = pictures[numbers]
-    mean, deviation = features["train"].mean(dim=0), features["train"].std(dim=0)
+    mean, deviation = features["train"].mean(dim=0), features["train"].std(dim=0).clamp(min=1e-6)
     directions = {split: F.normalize((seen - mean) / deviation, dim=-1) for split, seen in features.items()}
 
     student = Student(model.testa.video_model, len(mean))

@@ -82,26 +82,27 @@ def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there
     assert {file: file.stat().st_mtime_ns for file in written} == written and len(written) == 7
 
 
-def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_with(tmp_path, capsys):
+def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_with(tmp_path, monkeypatch, capsys):
     for number in range(120):
         picture = Image.new("RGBA", (20, 20), (2 * number, 100, 200, 255))
         (tmp_path / "objects").mkdir(exist_ok=True)
         picture.save(tmp_path / f"objects/{number}.png")
         (tmp_path / f"objects/{number}.txt").write_text(f"Sheep {number}.")
-    sizes = {"num_train": 8, "num_validation": 2, "num_test": 4, "image_size": 32, "fps": 4}
+    sizes = {"num_train": 16, "num_validation": 2, "num_test": 4, "image_size": 32, "fps": 4}
     scenes = {"min_scenes": 3, "max_scenes": 4, "objects": str(tmp_path / "objects")}
     make_demo(DemoArguments(str(tmp_path / "demo"), **sizes, **scenes))
     ablation, distillation = map(importlib.import_module, ("ablation", "distillation"))
-    text_config = AutoConfig.from_pretrained(ablation.CONFIG_DIR).text_config
+    config_dir = ablation.ROOT / "hub_configs" / "testa-demo-photographs"
+    text_config = AutoConfig.from_pretrained(config_dir).text_config
     shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     bert = BertModel(BertConfig(**{name: getattr(text_config, name) for name in shared}))
     bert.save_pretrained(tmp_path / "bert")
     teacher = timm.create_model(distillation.TEACHER).state_dict()
     torch.save({f"other.{name}": weight for name, weight in teacher.items()}, tmp_path / "teacher.pth")
 
-    start = tmp_path / "start"
+    start = tmp_path / "runs" / "testa-demo-photographs-start"  # as the recipe of the first lesson says
     sources = ("--image_weights", tmp_path / "teacher.pth", "--text_model", tmp_path / "bert")
-    folders = ("--data_dir", tmp_path / "demo", "--config_dir", ablation.CONFIG_DIR, "--output_dir", start)
+    folders = ("--data_dir", tmp_path / "demo", "--config_dir", config_dir, "--output_dir", start)
     distillation.main([*map(str, (*folders, *sources, "--max_train_steps", 3, "--batch_size", 4))])
     rows = json.loads((start / "distillation.json").read_text())["results"]
     assert [row["split"] for row in rows] == ["train", "validation", "test"]
@@ -116,6 +117,10 @@ def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_wit
         if hasattr(block, "temporal_fc")
     )
 
+    monkeypatch.chdir(tmp_path)
     steps = ("--clip_steps", "1", "--story_steps", "1", "--row_steps", "1", "--seeds", "0", "--rows", "none")
-    runs = tmp_path / "runs"
-    ablation.main(["--data_dir", str(tmp_path / "demo"), "--start", str(start), "--output_dir", str(runs), *steps])
+    folders = ("--data_dir", "demo", "--config_dir", str(config_dir), "--output_dir", "runs")
+    ablation.main([*folders, *steps])
+    clips = TestaForRetrieval.from_pretrained("runs/seed0/clips, divided_space_time")
+    words_then = clips.testa.text_model.embeddings.word_embeddings.weight
+    assert 0 < (words_then - words).abs().max() < 0.01
