@@ -292,7 +292,7 @@ def _run(threads: int, output_dir: Path, *options: Any) -> dict[str, float]:
     results_file = output_dir / "results.json"
     if not results_file.is_file():
         output_dir.mkdir(parents=True, exist_ok=True)
-        # A run has one core: it reads by itself instead of sharing it with workers.
+        # Workers would only take turns with a run on its core.
         options = (*options, "--num_workers", 0, "--output_dir", output_dir)
         command = map(str, [sys.executable, ROOT / "run_retrieval.py", *options])
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
