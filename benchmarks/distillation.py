@@ -12,7 +12,6 @@ other objects than training. Where files come from: README.md of the configurati
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import timm
@@ -27,7 +26,7 @@ from transformers import AutoConfig, BaseVideoProcessor, set_seed
 
 from transformers_testa import TestaForRetrieval, TestaProcessor, TestaVideoModel
 from transformers_testa.conversion_bert import start_text_from_bert
-from transformers_testa.data.demo import DemoArguments, plan_demo
+from transformers_testa.data.demo import plan_demo, read_arguments
 from transformers_testa.data.rendering import render_scene
 from transformers_testa.data.sprites import draw_sprite
 from transformers_testa.data.stories import Scene, Story
@@ -158,7 +157,7 @@ def main(arguments: list[str] | None = None):
     args = parser.parse_args(arguments)
 
     set_seed(args.seed)
-    demo = DemoArguments(output_dir=str(args.data_dir), **json.loads((args.data_dir / "demo.json").read_text()))
+    demo = read_arguments(args.data_dir)
     stories = plan_demo(demo)
     processor = TestaProcessor.from_pretrained(args.config_dir)
     model = TestaForRetrieval(AutoConfig.from_pretrained(args.config_dir))

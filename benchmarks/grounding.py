@@ -10,7 +10,6 @@ span is the whole video. Spans overlap by their intersection over their union.
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 from transformers_testa import TestaForRetrieval
-from transformers_testa.data.demo import DemoArguments, plan_demo
+from transformers_testa.data.demo import DemoArguments, plan_demo, read_arguments
 from transformers_testa.data.rendering import count_frames, locate_objects
 from transformers_testa.data.stories import Story
 from transformers_testa.data.storytelling import name_object, tell
@@ -126,7 +125,7 @@ def main(arguments: list[str] | None = None):
     processor = AutoProcessor.from_pretrained(args.model)
     config = model.config.video_config
     grid = config.image_size // config.patch_size
-    demo = DemoArguments(output_dir=str(args.data_dir), **json.loads((args.data_dir / "demo.json").read_text()))
+    demo = read_arguments(args.data_dir)
     stories = list(plan_demo(demo)[args.split].items())[: args.num_videos]
 
     found: dict[tuple[str, str], list[list[float]]] = {}

@@ -7,7 +7,6 @@ The measurement is over all test stories: how often patches that became one toke
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from transformers import AutoProcessor
 
 from transformers_testa import TestaForRetrieval
 from transformers_testa.data.annotations import load_annotations
-from transformers_testa.data.demo import DemoArguments, plan_demo
+from transformers_testa.data.demo import plan_demo, read_arguments
 from transformers_testa.visualization import (
     contact_sheet,
     draw_merged_regions,
@@ -104,7 +103,7 @@ def main(arguments: list[str] | None = None):
     model = TestaForRetrieval.from_pretrained(args.model).eval()
     processor = AutoProcessor.from_pretrained(args.model)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    demo = DemoArguments(output_dir=str(args.data_dir), **json.loads((args.data_dir / "demo.json").read_text()))
+    demo = read_arguments(args.data_dir)
     plans = plan_demo(demo)["test"]
     rows = {row["video_id"]: row for row in load_annotations(args.data_dir / "test.jsonl")}
     stories = {

@@ -204,6 +204,15 @@ def test_other_lengths_and_sizes_than_configured_work():
     assert model(example_videos(num_frames=7, size=16)).token_map.shape == (2, 7, 16)
 
 
+def test_a_repeated_frame_gives_the_same_tokens_in_any_place_without_time_embeddings():
+    model = TestaVideoModel(tiny_video_config()).eval()
+    with torch.no_grad():
+        model.embeddings.time_embeddings.zero_()
+    still = example_videos(num_frames=1)
+    tokens = model(still.expand(-1, 4, -1, -1, -1)).last_hidden_state
+    torch.testing.assert_close(tokens[:, 1:].unflatten(1, (4, 4))[:, 3], model(still).last_hidden_state[:, 1:])
+
+
 def test_a_video_gives_the_same_tokens_alone_and_in_any_batch():
     config = tiny_video_config(merged_frames_per_layer=[1, 0], merged_patches_per_layer=1)
     model = trained(TestaVideoModel(config))

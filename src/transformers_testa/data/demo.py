@@ -149,6 +149,12 @@ def make_demo(arguments: DemoArguments) -> int:
     return len(missing)
 
 
+def read_arguments(folder: Path) -> DemoArguments:
+    """Return the arguments that a demo was made with, as its folder keeps them."""
+    made = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    return DemoArguments(output_dir=str(folder), **made)
+
+
 def plan_demo(arguments: DemoArguments) -> dict[str, dict[str, Story]]:
     """Plan the stories of each split, by `video_id`; the same arguments always give the same stories.
 
