@@ -8,10 +8,12 @@ Gradio's own variables say where the page is served, such as GRADIO_SERVER_PORT;
 
 import argparse
 import base64
+import copy
 import functools
 import hashlib
 import html
 import io
+import json
 import math
 import os
 import tempfile
@@ -106,13 +108,18 @@ class AdjustableModel(Generic[Model]):
         self.with_percent = functools.cache(self._with_percent)
 
     def _with_percent(self, percent: int) -> Model:
+        return self._model if percent == self.own_percent else with_merges(self._model, *self._plan(percent))
+
+    def _plan(self, percent: int) -> tuple[list[int], list[int]]:
+        """Return the frames and patches that merge in each block."""
         if percent == self.own_percent:
-            return self._model
-        return with_merges(self._model, *plan_merges(self._config, keep_ratio=percent / 100))
+            return self._config.merged_frames, self._config.merged_patches
+        return plan_merges(self._config, keep_ratio=percent / 100)
 
     def describe(self, percent: int) -> str:
         """Say what a percentage costs."""
-        config = self.with_percent(percent).config.video_config
+        config = copy.deepcopy(self._config)
+        config.merged_frames_per_layer, config.merged_patches_per_layer = self._plan(percent)
         gflops = count_video_gflops(config)
         shown = f"{gflops:.3g}" if gflops < 100 else f"{gflops:.0f}"
         frames, patches = count_kept(config)
@@ -121,6 +128,11 @@ class AdjustableModel(Generic[Model]):
             f"**{shown} GFLOPs** a video, {gflops / self._unmerged_gflops:.0%} of what it costs without merging. "
             f"Of {config.num_frames} × {config.num_patches} tokens (frames × patches), {frames} × {patches} are left.{origin}"
         )
+
+    @functools.cached_property
+    def costs(self) -> dict[int, str]:
+        """What each whole percentage costs, in a sentence."""
+        return {percent: self.describe(percent) for percent in range(self.least_percent, 101)}
 
 
 def check_length(processor: TestaProcessor, model: PreTrainedModel, text: str) -> None:
@@ -296,8 +308,10 @@ def build_page(page: Page, folder: str) -> gr.Blocks:
             label=f"Cost to spend{purpose}, %",
             elem_id=f"{name}-percent",
         )
-        cost = gr.Markdown(model.describe(model.own_percent), elem_id=f"{name}-cost")
-        percent.change(model.describe, percent, cost, show_progress="hidden", api_visibility="private")
+        cost = gr.Markdown(model.costs[model.own_percent], elem_id=f"{name}-cost")
+        # In the page itself: the server refuses what is being typed (the 9 of 90), and the page then forgets what follows.
+        look_up = f"(percent, shown) => ({json.dumps(model.costs)})[Math.round(percent)] ?? shown"
+        percent.change(None, [percent, cost], cost, js=look_up, show_progress="hidden", api_visibility="private")
         return percent
 
     def connect(triggers: list[Callable], action: Callable, inputs: list, outputs: list) -> None:

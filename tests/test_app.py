@@ -196,6 +196,16 @@ def test_the_slider_changes_the_gflops_shown(browser):
     assert "100% of what it costs without merging" in cost
 
 
+def test_a_percentage_is_typed_digit_by_digit(browser):
+    shown = browser.text("index-cost")
+    browser.write("index-percent", "9", "input[type=number]")  # less than this model can cost
+    time.sleep(1)
+    assert browser.text("index-cost") == shown
+    browser.driver.switch_to.active_element.send_keys("0")
+    browser.wait_for("index-cost", "89% of what it costs without merging")
+    assert browser.driver.find_elements(By.CSS_SELECTOR, ".toast-body") == []
+
+
 def test_the_merge_map_is_drawn_and_follows_its_slider(indexed):
     indexed.open_tab("Look into a video")
     indexed.press("draw")
