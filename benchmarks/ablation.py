@@ -9,6 +9,10 @@
 
     python benchmarks/ablation.py --config_dir hub_configs/testa-demo-photographs --data_dir demo_photographs --seeds 0 \
         --output_dir runs/photographs --rows none "trained, both"
+    python -m transformers_testa.data.demo --output_dir demo_retold --objects objects --backgrounds backgrounds \
+        --min_scenes 3 --max_scenes 6 --num_train 200 --num_validation 2 --num_test 2 --seed 1
+    python benchmarks/ablation.py --config_dir hub_configs/testa-demo-photographs --data_dir demo_photographs --seeds 0 \
+        --output_dir runs/photographs --rows none "trained, both" --test_file demo_retold/train.jsonl
 
 A row is a configuration of the video encoder. All rows with one kind of attention share two lessons without merging, on
 clips and on stories of 12 frames, as the paper's share their pre-training. Then each is trained for the same steps on 24
@@ -160,6 +164,9 @@ def main(arguments: list[str] | None = None):
         default=2,
         help="Runs at a time, of one thread each: models this small gain little by more.",
     )
+    parser.add_argument(
+        "--test_file", type=Path, help="Told of these texts and videos; by default of the test split of --data_dir."
+    )
     parser.add_argument("--report", type=Path, help="Markdown file for the table and, beside it, the plot.")
     args = parser.parse_args(arguments)
 
@@ -179,7 +186,7 @@ def main(arguments: list[str] | None = None):
     shown = markdown_table([{name: _with_spread(value) for name, value in entry.items()} for entry in table])
     seeds = "one seed" if len(args.seeds) == 1 else f"{len(args.seeds)} seeds: mean ± standard deviation"
     print(f"\n{machine}\n{seeds}\n\n{shown}")
-    save_json(args.output_dir / "ablation.json", machine, table)
+    save_json(results_folder(args) / "ablation.json", machine, table)
     if args.report:
         write_report(args.report, table, shown, machine, seeds)
 
@@ -241,26 +248,36 @@ def run_lessons(lessons: Lessons, seed: int, args: argparse.Namespace, threads: 
 
 
 def run_trained(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
-    """Train as the row merges, and return the metrics of the test split."""
+    """Train as the row merges, and return the metrics of the test split, or of `--test_file`."""
     folder = args.output_dir / f"seed{seed}"
     start = with_changes(row.lessons.folders(folder)[-1], row)
     data_dir = args.other_data_dir if row.is_zero_shot else args.data_dir
-    return _run(
+    tested = _run(
         *(threads, folder / row.name, args.config_dir / "recipe.yaml", "--model_name_or_path", start),
         *("--num_frames", row.num_frames, *ATTENTION, *_as_options(row)),
         *("--seed", seed, "--max_train_steps", args.row_steps, "--train_file", data_dir / "train.jsonl"),
         *("--do_eval", False, "--test_file", args.data_dir / "test.jsonl"),
     )
+    return _evaluate(threads, row, seed, folder / row.name, args) if args.test_file else tested
 
 
 def run_off_the_shelf(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
     """Return the metrics of the weights that were trained without merging, merging as the row does."""
     folder = args.output_dir / f"seed{seed}"
+    return _evaluate(threads, row, seed, with_changes(folder / _unmerged(row).name, row), args)
+
+
+def _evaluate(threads: int, row: Row, seed: int, model: Path, args: argparse.Namespace) -> dict[str, float]:
     return _run(
-        *(threads, folder / row.name, "--model_name_or_path", with_changes(folder / _unmerged(row).name, row)),
-        *("--do_predict", "--test_file", args.data_dir / "test.jsonl", "--max_words", 160, "--rerank_k", 16),
+        *(threads, results_folder(args) / f"seed{seed}" / row.name, "--model_name_or_path", model, "--do_predict"),
+        *("--test_file", args.test_file or args.data_dir / "test.jsonl", "--max_words", 160, "--rerank_k", 16),
         *("--num_frames", row.num_frames, "--cache_frames", "--per_device_eval_batch_size", 50, *_as_options(row)),
     )
+
+
+def results_folder(args: argparse.Namespace) -> Path:
+    """Return where results are kept: those of another test file in a folder below, named as the file's folder."""
+    return args.output_dir / args.test_file.parent.name if args.test_file else args.output_dir
 
 
 def _as_options(row: Row) -> list[Any]:

@@ -81,6 +81,14 @@ def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there
     ablation.main(command)
     assert {file: file.stat().st_mtime_ns for file in written} == written and len(written) == 7
 
+    ablation.main([*command, "--test_file", str(looks[1] / "test.jsonl")])
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    assert json.loads((tmp_path / "runs" / "ablation.json").read_text())["results"][0]["R@1"] == first[0]["R@1"]
+    evaluated = sorted((tmp_path / "runs" / "elsewhere").rglob("results.json"))
+    assert [file.parent.name for file in evaluated] == sorted(["zero-shot, none", *rows])
+    for file in evaluated:
+        assert json.loads(file.read_text())["definition"]["data"] == looks[1].name
+
 
 def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_with(tmp_path, monkeypatch, capsys):
     for number in range(120):
@@ -103,14 +111,16 @@ def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_wit
     start = tmp_path / "runs" / "testa-demo-photographs-start"  # as the recipe of the first lesson says
     sources = ("--image_weights", tmp_path / "teacher.pth", "--text_model", tmp_path / "bert")
     folders = ("--data_dir", tmp_path / "demo", "--config_dir", config_dir, "--output_dir", start)
-    distillation.main([*map(str, (*folders, *sources, "--max_train_steps", 3, "--batch_size", 4))])
+    monkeypatch.setattr(distillation, "NUM_PHRASES", 20)
+    distillation.main([*map(str, (*folders, *sources, "--video_steps", 2, "--text_steps", 2))])
     rows = json.loads((start / "distillation.json").read_text())["results"]
     assert [row["split"] for row in rows] == ["train", "validation", "test"]
     assert all(0 <= row["R@1"] <= row["R@5"] <= 100 for row in rows)
     assert "| validation |" in capsys.readouterr().out
     started = TestaForRetrieval.from_pretrained(start)
     words = started.testa.text_model.embeddings.word_embeddings.weight
-    torch.testing.assert_close(words, bert.embeddings.word_embeddings.weight)
+    difference = (words - bert.embeddings.word_embeddings.weight).abs().max()
+    assert 0 < difference < 0.01  # it begins as BERT, and learns
     assert not any(
         block.temporal_fc.weight.any()
         for block in started.testa.video_model.modules()
