@@ -9,15 +9,16 @@ The text encoder begins as the first layers of BERT. Pictures and names of the t
 EfficientNet-Lite0's pooled features can be told from a sentence embedding by the whole of BERT. There the video encoder
 learns to place single frames of the training stories, and the text encoder words and sentences, so that a frame points to
 the name of its object before the model has seen a story. Told at the end: how often it points to that name more than to
-all others of the split, or all but four. Validation and test show other objects than training; of these the text encoder
-has read no more than the words of BERT's vocabulary. A run that was killed goes on where it was. Where files come from:
-README.md of the configuration.
+all others of the split, or all but four, and how often EfficientNet's features of its picture do. Validation and test show
+other objects than training; of these the text encoder has read no more than the words of BERT's vocabulary. A run that was
+killed goes on where it was. Where files come from: README.md of the configuration.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -84,6 +85,11 @@ def draw_frames(
         frames.append(inputs["pixel_values_videos"])
         shown += [scene.objects[0]] * len(drawn)
     return torch.cat(frames), shown
+
+
+def number_names(objects: list[StoryObject], names: list[str]) -> Tensor:
+    """Return the place of each object's name among names, `[N]`."""
+    return torch.tensor([names.index(item.name) for item in objects])
 
 
 def draw_phrases(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -191,7 +197,7 @@ class Student(nn.Module):
         self.model = model
         self.encode = encode
 
-    def forward(self, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, inputs: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Return the loss of inputs that belong at directions `[N, D]`."""
         embeddings = self.encode(**inputs, return_dict=True).pooler_output
         return {"loss": 1 - (embeddings * labels).sum(dim=-1).mean()}
@@ -234,10 +240,10 @@ def train_video_encoder(
             nn.init.zeros_(parameter)
         parameter.requires_grad_("temporal" not in name and "time_embeddings" not in name)
 
-    def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         seen, labels = map(torch.stack, zip(*samples, strict=True))
         mirrored = torch.rand(len(seen), 1, 1, 1, 1) < 0.5
-        return {"pixel_values_videos": torch.where(mirrored, seen.flip(-1), seen), "labels": labels}
+        return {"inputs": {"pixel_values_videos": torch.where(mirrored, seen.flip(-1), seen)}, "labels": labels}
 
     student = Student(model, model.get_video_features)
     train(student, TensorDataset(frames, directions), collate, folder, steps, seed, VIDEO_LEARNING_RATE)
@@ -258,26 +264,30 @@ def train_text_encoder(
     for name, parameter in model.testa.text_model.named_parameters():
         parameter.requires_grad_(".cross_attention." not in name)
 
-    def collate(samples: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    def collate(samples: list[tuple[str, Tensor]]) -> dict[str, Any]:
         read, labels = zip(*samples, strict=True)
-        tokens = tokenizer(list(read), padding=True, return_tensors="pt")
-        kept = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-        return {**kept, "labels": torch.stack(labels)}
+        tokens = tokenizer(list(read), padding=True, return_token_type_ids=False, return_tensors="pt")
+        return {"inputs": dict(tokens), "labels": torch.stack(labels)}
 
     dataset: Dataset = list(zip(texts, directions, strict=True))
     train(Student(model, model.get_text_features), dataset, collate, folder, steps, seed, TEXT_LEARNING_RATE)
 
 
 @torch.inference_mode()
-def recalls(model: TestaForRetrieval, processor: TestaProcessor, frames: Tensor, shown: list[str]) -> dict[str, float]:
-    """Tell how often the name of what a frame `[N, 1, C, H, W]` shows is among the best of all names, in %."""
-    names = {name: place for place, name in enumerate(dict.fromkeys(shown))}
-    texts = model.get_text_features(**processor(text=list(names), padding=True, return_tensors="pt"), return_dict=True)
+def compare_with_names(
+    model: TestaForRetrieval, processor: TestaProcessor, frames: Tensor, names: list[str]
+) -> Tensor:
+    """Return similarities of frames `[N, 1, C, H, W]` and names, `[N, names]`."""
+    tokens = processor(text=names, padding=True, return_tensors="pt")
+    texts = model.get_text_features(**tokens, return_dict=True).pooler_output
     videos = [model.get_video_features(some, return_dict=True).pooler_output for some in frames.split(AT_ONCE)]
-    similarities = torch.cat(videos) @ texts.pooler_output.T
-    own = torch.tensor([names[name] for name in shown])[:, None]
-    rank = (similarities > similarities.gather(1, own)).sum(dim=1)
-    return {f"R@{k}": 100 * (rank < k).float().mean().item() for k in (1, 5)}
+    return torch.cat(videos) @ texts.T
+
+
+def recalls(similarities: Tensor, own: Tensor) -> dict[int, float]:
+    """Tell how often the own name `[N]` is the first, or among the first five, by similarity `[N, names]`, in %."""
+    rank = (similarities > similarities.gather(1, own[:, None])).sum(dim=1)
+    return {k: 100 * (rank < k).float().mean().item() for k in (1, 5)}
 
 
 def main(arguments: list[str] | None = None):
@@ -303,29 +313,38 @@ def main(arguments: list[str] | None = None):
     start_text_from_bert(model, args.text_model)
     bert = BertModel.from_pretrained(args.text_model).eval()
 
-    objects = {scene.objects[0].picture: scene.objects[0] for scene in scenes["train"]}
-    features = features_of_pictures(list(objects.values()), load_teacher(args.image_weights))
-    names = embed_sentences([item.name for item in objects.values()], tokenizer, bert)
-    space = CommonSpace(names, features, model.config.projection_dim)
-
     seen = {split: draw_frames(some, demo.image_size, processor.video_processor) for split, some in scenes.items()}
+    objects = {split: list({item.picture: item for item in shown}.values()) for split, (_, shown) in seen.items()}
+    names = {split: list(dict.fromkeys(item.name for item in some)) for split, some in objects.items()}
+    teacher = load_teacher(args.image_weights)
+    features = {split: features_of_pictures(some, teacher) for split, some in objects.items()}
+    sentences = {split: embed_sentences(some, tokenizer, bert) for split, some in names.items()}
+    told = sentences["train"][number_names(objects["train"], names["train"])]
+    space = CommonSpace(told, features["train"], model.config.projection_dim)
+
     frames, shown = seen["train"]
-    places = dict(zip(objects, space.place_pictures(features), strict=True))
+    places = dict(
+        zip((item.picture for item in objects["train"]), space.place_pictures(features["train"]), strict=True)
+    )
     directions = torch.stack([places[item.picture] for item in shown])
     train_video_encoder(model, frames, directions, args.output_dir / "video", args.video_steps, args.seed)
 
     texts = draw_phrases(tokenizer) + read_sentences(args.data_dir / "train.jsonl")
     directions = space.place_sentences(embed_sentences(texts, tokenizer, bert))
     train_text_encoder(model, tokenizer, texts, directions, args.output_dir / "text", args.text_steps, args.seed)
-    model.requires_grad_(True).save_pretrained(args.output_dir)
+    model.requires_grad_(True).cpu().eval()
+    model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
 
-    model.eval()
-    rows = [
-        {"split": split, "frames": len(frames), "names": len({item.name for item in shown})}
-        | recalls(model, processor, frames, [item.name for item in shown])
-        for split, (frames, shown) in seen.items()
-    ]
+    rows = []
+    for split, (frames, shown) in seen.items():
+        student = compare_with_names(model, processor, frames, names[split])
+        taught = space.place_pictures(features[split]) @ space.place_sentences(sentences[split]).T
+        row = {"split": split, "frames": len(frames), "pictures": len(taught), "names": len(names[split])}
+        for who, similarities, items in (("model", student, shown), ("teachers", taught, objects[split])):
+            found = recalls(similarities, number_names(items, names[split]))
+            row |= {f"{who}: R@{k}": recall for k, recall in found.items()}
+        rows.append(row)
     machine = describe_machine()
     print(machine)
     print_table(rows)
