@@ -381,7 +381,7 @@ def write_report(file: Path, table: list[dict[str, Any]], shown: str, machine: s
     points = [(entry["GFLOPs"], statistics.mean(entry["R@1"]), entry["row"]) for entry in table]
     front = [point for point in points if not any(o[0] <= point[0] and o[1] > point[1] for o in points)]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for kind, marker in (("off the shelf", "o"), ("joint", "s"), ("trained", "^")):
+    for kind, marker in (("off the shelf", "o"), ("joint", "s"), ("trained", "^"), ("zero-shot", "D")):
         if chosen := [(gflops, recall) for gflops, recall, name in points if _kind(name) == kind]:
             axes.plot(*zip(*chosen, strict=True), marker, label=kind)
     axes.plot(*zip(*sorted((x, y) for x, y, _ in front), strict=True), color="grey", linewidth=1, label="Pareto front")
@@ -399,7 +399,7 @@ def write_report(file: Path, table: list[dict[str, Any]], shown: str, machine: s
 
 
 def _kind(row: str) -> str:
-    return next((kind for kind in ("off the shelf", "joint") if row.startswith(kind)), "trained")
+    return next((kind for kind in ("off the shelf", "joint", "zero-shot") if row.startswith(kind)), "trained")
 
 
 if __name__ == "__main__":
