@@ -108,7 +108,7 @@ class AdjustableModel(Generic[Model]):
         self.with_percent = functools.cache(self._with_percent)
 
     def _with_percent(self, percent: int) -> Model:
-        return self._model if percent == self.own_percent else with_merges(self._model, *self._plan(percent))
+        return with_merges(self._model, *self._plan(percent))
 
     def _plan(self, percent: int) -> tuple[list[int], list[int]]:
         """Return the frames and patches that merge in each block."""

@@ -54,6 +54,7 @@ NUM_FRAMES = 24
 NUM_VIDEOS = 16
 # The recipe's eager attention is as fast for 12 frames, slower for 24, and for joint attention by half.
 ATTENTION = ("--attn_implementation", "sdpa")
+MARKERS = {"off the shelf": "o", "joint": "s", "trained": "^", "zero-shot": "D"}
 FIGURES = {
     "R@1": "text_to_video_recall@1",
     "mean recall": "text_to_video_mean_recall",
@@ -381,7 +382,7 @@ def write_report(file: Path, table: list[dict[str, Any]], shown: str, machine: s
     points = [(entry["GFLOPs"], statistics.mean(entry["R@1"]), entry["row"]) for entry in table]
     front = [point for point in points if not any(o[0] <= point[0] and o[1] > point[1] for o in points)]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for kind, marker in (("off the shelf", "o"), ("joint", "s"), ("trained", "^"), ("zero-shot", "D")):
+    for kind, marker in MARKERS.items():
         if chosen := [(gflops, recall) for gflops, recall, name in points if _kind(name) == kind]:
             axes.plot(*zip(*chosen, strict=True), marker, label=kind)
     axes.plot(*zip(*sorted((x, y) for x, y, _ in front), strict=True), color="grey", linewidth=1, label="Pareto front")
@@ -399,7 +400,7 @@ def write_report(file: Path, table: list[dict[str, Any]], shown: str, machine: s
 
 
 def _kind(row: str) -> str:
-    return next((kind for kind in ("off the shelf", "joint", "zero-shot") if row.startswith(kind)), "trained")
+    return next((kind for kind in MARKERS if row.startswith(kind)), "trained")
 
 
 if __name__ == "__main__":
