@@ -25,13 +25,15 @@ model that its recipe names.
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import statistics
-import subprocess
 import sys
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -52,8 +54,12 @@ CONFIG_DIR = ROOT / "hub_configs" / "testa-demo"
 # About three frames a scene: with one, as in the demo's own recipe, frames hold nothing twice that could be merged.
 NUM_FRAMES = 24
 NUM_VIDEOS = 16
+# Each run is a process of its own. Forked from one that has imported what all of them need, it starts at once.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["transformers_testa.training", "transformers_testa.retrieval"])
 # The recipe's eager attention is as fast for 12 frames, slower for 24, and for joint attention by half.
 ATTENTION = ("--attn_implementation", "sdpa")
+UNTESTED = ("--do_eval", False, "--do_predict", False)
 MARKERS = {"off the shelf": "o", "joint": "s", "trained": "^", "zero-shot": "D"}
 FIGURES = {
     "R@1": "text_to_video_recall@1",
@@ -98,6 +104,9 @@ class Lessons:
     def folders(self, seed_folder: Path) -> list[Path]:
         look = ", other look" if self.is_zero_shot else ""
         return [seed_folder / f"{lesson}, {self.attention_type}{look}" for lesson in ("clips", "stories")]
+
+    def data_dir(self, args: argparse.Namespace) -> Path:
+        return args.other_data_dir if self.is_zero_shot else args.data_dir
 
 
 def _merges(frames: int | list[int], patches: int | list[int], **changes: Any) -> dict[str, Any]:
@@ -195,14 +204,15 @@ def main(arguments: list[str] | None = None):
 def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
     """Train and evaluate what isn't there yet; return the metrics of the test split by row and seed.
 
-    First the lessons, then the rows that are trained, then those off the shelf.
+    First the lessons, on clips and on stories, then the rows that are trained, then those off the shelf.
     """
     off_the_shelf = [row for row in rows if not row.is_trained]
     needed = [*rows, *map(_unmerged, off_the_shelf)]
     trained = [row for row in ROWS if row.is_trained and row in needed]
     lessons = dict.fromkeys(row.lessons for row in trained)
     stages = (
-        {(name, seed): partial(run_lessons, name, seed, args) for seed in args.seeds for name in lessons},
+        {("clips", name, seed): partial(run_clips, name, seed, args) for seed in args.seeds for name in lessons},
+        {("stories", name, seed): partial(run_stories, name, seed, args) for seed in args.seeds for name in lessons},
         {(row.name, seed): partial(run_trained, row, seed, args) for seed in args.seeds for row in trained},
         {
             (row.name, seed): partial(run_off_the_shelf, row, seed, args)
@@ -213,7 +223,7 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int],
     results = {}
     with tqdm(total=sum(map(len, stages)), desc="Ablation", unit="run") as progress:
         for stage in stages:
-            with ThreadPoolExecutor(args.processes) as pool:
+            with ProcessPoolExecutor(args.processes, PROCESSES, max_tasks_per_child=1) as pool:
                 runs = {pool.submit(run, max(1, args.processes // len(stage))): name for name, run in stage.items()}
                 for run in as_completed(runs):
                     if run.exception():
@@ -227,24 +237,28 @@ def _unmerged(row: Row) -> Row:
     return UNMERGED_ZERO_SHOT if row.is_zero_shot else UNMERGED
 
 
-def run_lessons(lessons: Lessons, seed: int, args: argparse.Namespace, threads: int):
-    """Train on clips, then on stories, without merging."""
+def run_clips(lessons: Lessons, seed: int, args: argparse.Namespace, threads: int):
+    """Train on clips, without merging."""
     folder = args.output_dir / f"seed{seed}"
-    clips, stories = lessons.folders(folder)
-    data_dir = args.other_data_dir if lessons.is_zero_shot else args.data_dir
+    clips = lessons.folders(folder)[0]
     first = Row(clips.name, "", {"attention_type": lessons.attention_type})
     recipe = yaml.safe_load((args.config_dir / "recipe_clips.yaml").read_text())
     kind = "model_name_or_path" if "model_name_or_path" in recipe else "config_name"
     source = Path(recipe[kind]) if kind == "model_name_or_path" else args.config_dir
-    shared = ("--seed", seed, "--do_eval", False, "--do_predict", False)
     _run(
-        *(threads, clips, args.config_dir / "recipe_clips.yaml", *shared, "--eval_before_training", False),
-        *(f"--{kind}", with_changes(source, first, folder / "configurations")),
-        *("--train_file", data_dir / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
+        *(threads, clips, args.config_dir / "recipe_clips.yaml", *UNTESTED, "--eval_before_training", False),
+        *(f"--{kind}", with_changes(source, first, folder / "configurations"), "--seed", seed),
+        *("--train_file", lessons.data_dir(args) / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
     )
+
+
+def run_stories(lessons: Lessons, seed: int, args: argparse.Namespace, threads: int):
+    """Go on from the lesson on clips with stories, without merging."""
+    clips, stories = lessons.folders(args.output_dir / f"seed{seed}")
     _run(
-        *(threads, stories, args.config_dir / "recipe.yaml", *shared, *ATTENTION, "--model_name_or_path", clips),
-        *("--train_file", data_dir / "train.jsonl", "--max_train_steps", args.story_steps),
+        *(threads, stories, args.config_dir / "recipe.yaml", *UNTESTED, *ATTENTION, "--model_name_or_path", clips),
+        *("--train_file", lessons.data_dir(args) / "train.jsonl", "--max_train_steps", args.story_steps),
+        *("--seed", seed),
     )
 
 
@@ -252,12 +266,11 @@ def run_trained(row: Row, seed: int, args: argparse.Namespace, threads: int) -> 
     """Train as the row merges, and return the metrics of the test split, or of `--test_file`."""
     folder = args.output_dir / f"seed{seed}"
     start = with_changes(row.lessons.folders(folder)[-1], row)
-    data_dir = args.other_data_dir if row.is_zero_shot else args.data_dir
     tested = _run(
         *(threads, folder / row.name, args.config_dir / "recipe.yaml", "--model_name_or_path", start),
         *("--num_frames", row.num_frames, *ATTENTION, *_as_options(row)),
-        *("--seed", seed, "--max_train_steps", args.row_steps, "--train_file", data_dir / "train.jsonl"),
-        *("--do_eval", False, "--test_file", args.data_dir / "test.jsonl"),
+        *("--train_file", row.lessons.data_dir(args) / "train.jsonl", "--max_train_steps", args.row_steps),
+        *("--seed", seed, "--do_eval", False, "--test_file", args.data_dir / "test.jsonl"),
     )
     return _evaluate(threads, row, seed, folder / row.name, args) if args.test_file else tested
 
@@ -306,20 +319,22 @@ def with_changes(source: Path, row: Row, parent: Path | None = None) -> Path:
 
 
 def _run(threads: int, output_dir: Path, *options: Any) -> dict[str, float]:
-    """Call run_retrieval.py, unless it has written its results, and return those of the test split at the end."""
+    """Be run_retrieval.py, unless it has written its results, and return those of the test split at the end."""
     results_file = output_dir / "results.json"
     if not results_file.is_file():
         output_dir.mkdir(parents=True, exist_ok=True)
+        script = ROOT / "run_retrieval.py"
         # Workers would only take turns with a run on its core.
-        options = (*options, "--num_workers", 0, "--output_dir", output_dir)
-        command = map(str, [sys.executable, ROOT / "run_retrieval.py", *options])
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        sys.argv = list(map(str, (script, *options, "--num_workers", 0, "--output_dir", output_dir)))
+        torch.set_num_threads(threads)
         with (output_dir / "log.txt").open("ab") as log:
-            ended = subprocess.run(list(command), stdout=log, stderr=subprocess.STDOUT, env=environment)
-        if ended.returncode:
-            raise RuntimeError(
-                f"The run in {output_dir} ended with status {ended.returncode}; log.txt there says why."
-            )
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(log.fileno(), stream.fileno())
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            raise RuntimeError(f"The run in {output_dir} failed; log.txt there says why.") from error
     tested = json.loads(results_file.read_text())["results"].get("test", {"": {}})
     return list(tested.values())[-1]
 
