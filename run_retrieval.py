@@ -72,7 +72,7 @@ python run_retrieval.py --model_name_or_path {folder} --index_folder videos --ga
 class RetrievalArguments:
     free: ClassVar[tuple[str, ...]] = (
         *("baseline", "rerank_k", "num_example_queries", "query", "top_k"),
-        *("index_folder", "gallery_dir", "gallery_dtype", "repair"),
+        *("index_folder", "gallery_dir", "gallery_dtype", "repair", "remove"),
     )
 
     baseline: str | None = field(
@@ -99,6 +99,9 @@ class RetrievalArguments:
         },
     )
     repair: bool = field(default=False, metadata={"help": "Make damaged files of the gallery anew from the videos."})
+    remove: list[str] | None = field(
+        default=None, metadata={"help": "Videos to remove from the gallery, each by the name that a search shows."}
+    )
     query: list[str] | None = field(default=None, metadata={"help": "One or more texts to search the gallery for."})
     top_k: int = field(default=10, metadata={"help": "Videos to show for a query."})
 
@@ -110,7 +113,7 @@ class RetrievalArguments:
             raise ValueError(
                 f"rerank_k is {self.rerank_k}, but {self.baseline} has no matching head; only 0 is possible."
             )
-        if (self.index_folder or self.query or self.repair) and self.gallery_dir is None:
+        if (self.index_folder or self.query or self.repair or self.remove) and self.gallery_dir is None:
             raise ValueError("gallery_dir is missing: the folder where the gallery of embedded videos is kept.")
 
 
@@ -124,7 +127,9 @@ def main(command_line: list[str]) -> None:
     arguments: Arguments = parse_arguments(ARGUMENT_CLASSES, command_line)
     model_args, data_args, objective_args, retrieval_args, args = arguments
     if not (args.do_train or args.do_eval or args.do_predict or retrieval_args.gallery_dir):
-        raise ValueError("Nothing to do: pass do_train, do_eval, do_predict, or index_folder, repair or query.")
+        raise ValueError(
+            "Nothing to do: pass do_train, do_eval, do_predict, or index_folder, repair, remove or query."
+        )
     accelerator = create_accelerator(args)
     set_up_logging(accelerator)
     set_seed(args.seed)
@@ -276,7 +281,7 @@ def fill_gallery(
     retrieval_args: RetrievalArguments,
     args: TrainingArguments,
 ) -> None:
-    """Repair the gallery, and add a folder of videos to it, on all processes."""
+    """Repair the gallery, remove videos from it, and add a folder of videos to it, on all processes."""
     dtype = Gallery.DTYPES[retrieval_args.gallery_dtype] if retrieval_args.gallery_dtype else None
     if retrieval_args.repair and accelerator.is_main_process:
         with Gallery(folder, model, writable=True, dtype=dtype, damaged=True) as gallery:
@@ -285,6 +290,10 @@ def fill_gallery(
             f"{len(mended.damages)} damaged files found, {mended.repaired} videos embedded again, "
             f"{len(mended.failed)} could not be read any more and are removed."
         )
+    if retrieval_args.remove and accelerator.is_main_process:
+        with Gallery(folder, model, writable=True, dtype=dtype) as gallery:
+            gallery.remove(retrieval_args.remove)
+            print(f"{len(set(retrieval_args.remove))} videos removed, {len(gallery)} are left.")
     accelerator.wait_for_everyone()
     if retrieval_args.index_folder:
         done = index_videos_together(

@@ -4,8 +4,9 @@
     python benchmarks/ablation.py --data_dir demo_stories --output_dir runs/ablation
     python benchmarks/ablation.py --data_dir demo_stories --output_dir runs/ablation --rows none "trained, both" --seeds 0
 
-    python -m transformers_testa.data.demo --output_dir demo_elsewhere --backgrounds PHOTOGRAPHS
-    python benchmarks/ablation.py --data_dir demo_stories --other_data_dir demo_elsewhere --output_dir runs/ablation
+    python -m transformers_testa.data.demo --output_dir demo_elsewhere --backgrounds PHOTOGRAPHS --num_train 2
+    python benchmarks/ablation.py --data_dir demo_stories --output_dir runs/ablation \
+        --rows none "off the shelf, geometry" "trained, both" --test_file demo_elsewhere/test.jsonl
 
     python benchmarks/ablation.py --config_dir hub_configs/testa-demo-photographs --data_dir demo_photographs --seeds 0 \
         --output_dir runs/photographs --rows none "trained, both"
@@ -60,7 +61,7 @@ PROCESSES.set_forkserver_preload(["transformers_testa.training", "transformers_t
 # The recipe's eager attention is as fast for 12 frames, slower for 24, and for joint attention by half.
 ATTENTION = ("--attn_implementation", "sdpa")
 UNTESTED = ("--do_eval", False, "--do_predict", False)
-MARKERS = {"off the shelf": "o", "joint": "s", "trained": "^", "zero-shot": "D"}
+MARKERS = {"off the shelf": "o", "joint": "s", "trained": "^"}
 FIGURES = {
     "R@1": "text_to_video_recall@1",
     "mean recall": "text_to_video_mean_recall",
@@ -78,7 +79,6 @@ class Row:
         table: The paper's table or figure that it belongs to.
         changes: Fields of the video encoder's configuration that differ from the demo's, which then merges nothing.
         is_trained: Whether the weights were trained with them; else they are those of the row that merges nothing.
-        is_zero_shot: Whether the weights were trained on the stories of another look, and never on these.
         num_frames: How many are seen of each video.
     """
 
@@ -86,27 +86,11 @@ class Row:
     table: str
     changes: dict[str, Any] = field(default_factory=dict)
     is_trained: bool = True
-    is_zero_shot: bool = False
     num_frames: int = NUM_FRAMES
 
     @property
-    def lessons(self) -> "Lessons":
-        return Lessons(self.changes.get("attention_type", "divided_space_time"), self.is_zero_shot)
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """What rows share: weights trained without merging, on clips and then on stories."""
-
-    attention_type: str
-    is_zero_shot: bool
-
-    def folders(self, seed_folder: Path) -> list[Path]:
-        look = ", other look" if self.is_zero_shot else ""
-        return [seed_folder / f"{lesson}, {self.attention_type}{look}" for lesson in ("clips", "stories")]
-
-    def data_dir(self, args: argparse.Namespace) -> Path:
-        return args.other_data_dir if self.is_zero_shot else args.data_dir
+    def attention_type(self) -> str:
+        return self.changes.get("attention_type", "divided_space_time")
 
 
 def _merges(frames: int | list[int], patches: int | list[int], **changes: Any) -> dict[str, Any]:
@@ -116,7 +100,6 @@ def _merges(frames: int | list[int], patches: int | list[int], **changes: Any) -
 BOTH = _merges(4, 3)
 JOINT = {"attention_type": "joint_space_time"}
 UNMERGED = Row("none", "5")
-UNMERGED_ZERO_SHOT = Row("zero-shot, none", "4", is_zero_shot=True)
 ROWS = (
     UNMERGED,
     Row("off the shelf, pruning", "5", {**BOTH, "aggregation_strategy": "prune"}, False),
@@ -127,9 +110,6 @@ ROWS = (
     Row("trained, frames only", "5", _merges(7, 0)),
     Row("trained, patches only", "5", _merges(0, 5)),
     Row("trained, both", "5", BOTH),
-    UNMERGED_ZERO_SHOT,
-    Row("zero-shot, off the shelf", "4", BOTH, False, is_zero_shot=True),
-    Row("zero-shot, both", "4", BOTH, is_zero_shot=True),
     Row("joint, none", "6", JOINT),
     Row("joint, trained", "6", _merges(0, 127, **JOINT)),
     Row("trained, vote", "details", {**BOTH, "frame_matching": "vote"}),
@@ -155,13 +135,8 @@ def main(arguments: list[str] | None = None):
     parser.add_argument(
         "--config_dir", type=Path, default=CONFIG_DIR, help="Folder of the model's configuration and the recipes."
     )
-    parser.add_argument(
-        "--other_data_dir", type=Path, help="The same with another look, for the rows that are evaluated zero-shot."
-    )
     names = [row.name for row in ROWS]
-    parser.add_argument(
-        "--rows", nargs="+", choices=names, metavar="ROW", help="Which rows; else all that can be run."
-    )
+    parser.add_argument("--rows", nargs="+", choices=names, metavar="ROW", help="Which rows; else all.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="One training each.")
     parser.add_argument("--clip_steps", type=int, default=600, help="Steps of the lesson on clips, without merging.")
     parser.add_argument(
@@ -181,10 +156,6 @@ def main(arguments: list[str] | None = None):
     args = parser.parse_args(arguments)
 
     rows = [row for row in ROWS if row.name in (args.rows or names)]
-    if args.other_data_dir is None:
-        if needing := [row.name for row in rows if row.is_zero_shot and args.rows]:
-            parser.error(f"--rows {needing[0]!r} needs --other_data_dir, the stories that it is trained on.")
-        rows = [row for row in rows if not row.is_zero_shot]
     results = run_rows(rows, args)
     configs = {row.name: _video_config(row, args.config_dir) for row in rows}
     speeds = milliseconds_a_video(configs)
@@ -206,79 +177,78 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int],
 
     First the lessons, on clips and on stories, then the rows that are trained, then those off the shelf.
     """
-    off_the_shelf = [row for row in rows if not row.is_trained]
-    needed = [*rows, *map(_unmerged, off_the_shelf)]
-    trained = [row for row in ROWS if row.is_trained and row in needed]
-    lessons = dict.fromkeys(row.lessons for row in trained)
+    # The longest first, so that none is left to run alone at the end.
+    ordered = sorted(ROWS, key=lambda row: count_video_gflops(_video_config(row, args.config_dir)), reverse=True)
+    off_the_shelf = [row for row in ordered if row in rows and not row.is_trained]
+    trained = [row for row in ordered if row.is_trained and (row in rows or (off_the_shelf and row == UNMERGED))]
+    one_of_each_attention = list({row.attention_type: row for row in trained}.values())
     stages = (
-        {("clips", name, seed): partial(run_clips, name, seed, args) for seed in args.seeds for name in lessons},
-        {("stories", name, seed): partial(run_stories, name, seed, args) for seed in args.seeds for name in lessons},
-        {(row.name, seed): partial(run_trained, row, seed, args) for seed in args.seeds for row in trained},
-        {
-            (row.name, seed): partial(run_off_the_shelf, row, seed, args)
-            for seed in args.seeds
-            for row in off_the_shelf
-        },
+        (run_clips, one_of_each_attention),
+        (run_stories, one_of_each_attention),
+        (run_trained, trained),
+        (run_off_the_shelf, off_the_shelf),
     )
     results = {}
-    with tqdm(total=sum(map(len, stages)), desc="Ablation", unit="run") as progress:
-        for stage in stages:
+    total = len(args.seeds) * sum(len(its_rows) for _, its_rows in stages)
+    with tqdm(total=total, desc="Ablation", unit="run") as progress:
+        for run, its_rows in stages:
+            jobs = list(itertools.product(its_rows, args.seeds))
+            threads = max(1, args.processes // max(1, len(jobs)))
             with ProcessPoolExecutor(args.processes, PROCESSES, max_tasks_per_child=1) as pool:
-                runs = {pool.submit(run, max(1, args.processes // len(stage))): name for name, run in stage.items()}
-                for run in as_completed(runs):
-                    if run.exception():
+                runs = {pool.submit(run, row, seed, args, threads): (row.name, seed) for row, seed in jobs}
+                for ended in as_completed(runs):
+                    if ended.exception():
                         pool.shutdown(cancel_futures=True)
-                    results[runs[run]] = run.result()
+                    results[runs[ended]] = ended.result()
                     progress.update()
     return results
 
 
-def _unmerged(row: Row) -> Row:
-    return UNMERGED_ZERO_SHOT if row.is_zero_shot else UNMERGED
-
-
-def run_clips(lessons: Lessons, seed: int, args: argparse.Namespace, threads: int):
-    """Train on clips, without merging."""
-    folder = args.output_dir / f"seed{seed}"
-    clips = lessons.folders(folder)[0]
-    first = Row(clips.name, "", {"attention_type": lessons.attention_type})
+def run_clips(row: Row, seed: int, args: argparse.Namespace, threads: int):
+    """Train on clips with the attention of this row, without merging."""
+    clips = _lesson("clips", row, seed, args)
+    first = Row(clips.name, "", {"attention_type": row.attention_type})
     recipe = yaml.safe_load((args.config_dir / "recipe_clips.yaml").read_text())
     kind = "model_name_or_path" if "model_name_or_path" in recipe else "config_name"
     source = Path(recipe[kind]) if kind == "model_name_or_path" else args.config_dir
     _run(
         *(threads, clips, args.config_dir / "recipe_clips.yaml", *UNTESTED, "--eval_before_training", False),
-        *(f"--{kind}", with_changes(source, first, folder / "configurations"), "--seed", seed),
-        *("--train_file", lessons.data_dir(args) / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
+        *(f"--{kind}", with_changes(source, first, clips.parent / "configurations"), "--seed", seed),
+        *("--train_file", args.data_dir / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
     )
 
 
-def run_stories(lessons: Lessons, seed: int, args: argparse.Namespace, threads: int):
+def run_stories(row: Row, seed: int, args: argparse.Namespace, threads: int):
     """Go on from the lesson on clips with stories, without merging."""
-    clips, stories = lessons.folders(args.output_dir / f"seed{seed}")
+    clips, stories = (_lesson(name, row, seed, args) for name in ("clips", "stories"))
     _run(
         *(threads, stories, args.config_dir / "recipe.yaml", *UNTESTED, *ATTENTION, "--model_name_or_path", clips),
-        *("--train_file", lessons.data_dir(args) / "train.jsonl", "--max_train_steps", args.story_steps),
-        *("--seed", seed),
+        *("--train_file", args.data_dir / "train.jsonl", "--max_train_steps", args.story_steps, "--seed", seed),
     )
+
+
+def _lesson(name: str, row: Row, seed: int, args: argparse.Namespace) -> Path:
+    """Return the folder of a lesson, which all rows with the same attention share."""
+    return args.output_dir / f"seed{seed}" / f"{name}, {row.attention_type}"
 
 
 def run_trained(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
     """Train as the row merges, and return the metrics of the test split, or of `--test_file`."""
     folder = args.output_dir / f"seed{seed}"
-    start = with_changes(row.lessons.folders(folder)[-1], row)
+    start = with_changes(_lesson("stories", row, seed, args), row)
     tested = _run(
         *(threads, folder / row.name, args.config_dir / "recipe.yaml", "--model_name_or_path", start),
         *("--num_frames", row.num_frames, *ATTENTION, *_as_options(row)),
-        *("--train_file", row.lessons.data_dir(args) / "train.jsonl", "--max_train_steps", args.row_steps),
-        *("--seed", seed, "--do_eval", False, "--test_file", args.data_dir / "test.jsonl"),
+        *("--seed", seed, "--max_train_steps", args.row_steps, "--train_file", args.data_dir / "train.jsonl"),
+        *("--do_eval", False, "--test_file", args.data_dir / "test.jsonl"),
     )
     return _evaluate(threads, row, seed, folder / row.name, args) if args.test_file else tested
 
 
 def run_off_the_shelf(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
     """Return the metrics of the weights that were trained without merging, merging as the row does."""
-    folder = args.output_dir / f"seed{seed}"
-    return _evaluate(threads, row, seed, with_changes(folder / _unmerged(row).name, row), args)
+    unmerged = args.output_dir / f"seed{seed}" / UNMERGED.name
+    return _evaluate(threads, row, seed, with_changes(unmerged, row), args)
 
 
 def _evaluate(threads: int, row: Row, seed: int, model: Path, args: argparse.Namespace) -> dict[str, float]:

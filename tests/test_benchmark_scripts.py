@@ -58,24 +58,23 @@ def test_searches_of_a_gallery_are_measured_with_what_they_find_and_storage_with
     assert [row["relative error"] for row in results["storage"]] == ["0", "2^-9.2", "2^-7.0"]
 
 
-def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there_is(tmp_path, capsys):
+def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there_is(tmp_path):
     looks = [tmp_path / "here", tmp_path / "elsewhere"]
     for seed, look in enumerate(looks):
         sizes = {"num_train": 24, "num_validation": 2, "num_test": 8, "image_size": 32, "fps": 4}
         make_demo(DemoArguments(str(look), seed=seed, **sizes))
     ablation = importlib.import_module("ablation")
-    rows = ("none", "zero-shot, off the shelf")
+    rows = ("joint, none", "off the shelf, geometry")
     steps = ("--clip_steps", "2", "--story_steps", "2", "--row_steps", "2")
     options = (*steps, "--seeds", "0", "--report", str(tmp_path / "results.md"))
-    command = ["--data_dir", str(looks[0]), "--output_dir", str(tmp_path / "runs"), *options, "--rows", *rows]
-    with pytest.raises(SystemExit):
-        ablation.main(command)
-    assert "'zero-shot, off the shelf' needs --other_data_dir" in capsys.readouterr().err
-    command += ["--other_data_dir", str(looks[1])]
+    command = ["--output_dir", str(tmp_path / "runs"), *options, "--rows", *rows, "--data_dir"]
+    with pytest.raises(RuntimeError, match=r"seed0/clips, .*log.txt there says why"):
+        ablation.main([*command, str(tmp_path / "nowhere")])
+    command.append(str(looks[0]))
     ablation.main(command)
     first = json.loads((tmp_path / "runs" / "ablation.json").read_text())["results"]
-    assert [entry["row"] for entry in first] == list(rows)
-    assert first[1]["GFLOPs"] < 0.6 * first[0]["GFLOPs"]
+    assert [entry["row"] for entry in first] == ["off the shelf, geometry", "joint, none"]
+    assert first[0]["GFLOPs"] < 0.6 * first[1]["GFLOPs"]
     assert "Recall against GFLOPs" in (tmp_path / "results.md").read_text() and (tmp_path / "results.png").is_file()
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
     ablation.main(command)
@@ -85,7 +84,7 @@ def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there
     assert {file: file.stat().st_mtime_ns for file in written} == written
     assert json.loads((tmp_path / "runs" / "ablation.json").read_text())["results"][0]["R@1"] == first[0]["R@1"]
     evaluated = sorted((tmp_path / "runs" / "elsewhere").rglob("results.json"))
-    assert [file.parent.name for file in evaluated] == sorted(["zero-shot, none", *rows])
+    assert [file.parent.name for file in evaluated] == sorted(["none", *rows])
     for file in evaluated:
         assert json.loads(file.read_text())["definition"]["data"] == looks[1].name
 

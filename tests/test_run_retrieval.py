@@ -186,6 +186,18 @@ def test_a_damaged_gallery_is_repaired_on_request(world, trained, tmp_path):
         run(*command, "--index_folder", videos, "--gallery_dtype", "bfloat16")
 
 
+def test_videos_are_removed_from_a_gallery_by_the_names_that_a_search_shows(world, trained, tmp_path):
+    command = ("--model_name_or_path", trained[0], "--gallery_dir", tmp_path / "gallery", "--top_k", 20)
+    shown = run(*command, "--index_folder", world / "videos", "--query", "White")
+    names = [line.split()[-1] for line in shown.splitlines() if line.endswith(".mp4")]
+    printed = run(*command, "--remove", names[0], names[7], "--query", "White")
+    assert printed.startswith("2 videos removed, 18 are left.")
+    left = [line.split()[-1] for line in printed.splitlines() if line.endswith(".mp4")]
+    assert left == [name for name in names if name not in (names[0], names[7])]
+    with pytest.raises(ValueError, match=f"id '{names[0]}' is not in the gallery"):
+        run(*command, "--remove", names[0])
+
+
 def test_a_trained_model_is_evaluated_again_with_cached_frames(world, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     arguments = ("--model_name_or_path", trained[0], "--do_predict", "--test_file", world / "test.jsonl")
@@ -295,6 +307,7 @@ def test_videos_that_cannot_be_decoded_are_counted_in_the_results(world, trained
         ([], "Nothing to do"),
         (["--query", "red"], "gallery_dir is missing"),
         (["--repair"], "gallery_dir is missing"),
+        (["--remove", "a.mp4"], "gallery_dir is missing"),
         (["--do_train", "--output_dir", "out"], "train_file is missing"),
         (["--do_train"], "output_dir is missing"),
         (["--index_folder", "{empty}", "--gallery_dir", "{empty}/gallery"], "holds no video"),
