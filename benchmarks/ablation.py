@@ -156,9 +156,9 @@ def main(arguments: list[str] | None = None):
     args = parser.parse_args(arguments)
 
     rows = [row for row in ROWS if row.name in (args.rows or names)]
-    results = run_rows(rows, args)
-    configs = {row.name: _video_config(row, args.config_dir) for row in rows}
-    speeds = milliseconds_a_video(configs)
+    configs = {row.name: _video_config(row, args.config_dir) for row in ROWS}
+    results = run_rows(rows, configs, args)
+    speeds = milliseconds_a_video({row.name: configs[row.name] for row in rows})
     table = [
         summarise(row, configs[row.name], [results[row.name, seed] for seed in args.seeds], speeds[row.name])
         for row in rows
@@ -172,13 +172,15 @@ def main(arguments: list[str] | None = None):
         write_report(args.report, table, shown, machine, seeds)
 
 
-def run_rows(rows: list[Row], args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
+def run_rows(
+    rows: list[Row], configs: dict[str, TestaVideoConfig], args: argparse.Namespace
+) -> dict[tuple[str, int], dict[str, float]]:
     """Train and evaluate what isn't there yet; return the metrics of the test split by row and seed.
 
     First the lessons, on clips and on stories, then the rows that are trained, then those off the shelf.
     """
     # The longest first, so that none is left to run alone at the end.
-    ordered = sorted(ROWS, key=lambda row: count_video_gflops(_video_config(row, args.config_dir)), reverse=True)
+    ordered = sorted(ROWS, key=lambda row: count_video_gflops(configs[row.name]), reverse=True)
     off_the_shelf = [row for row in ordered if row in rows and not row.is_trained]
     trained = [row for row in ordered if row.is_trained and (row in rows or (off_the_shelf and row == UNMERGED))]
     one_of_each_attention = list({row.attention_type: row for row in trained}.values())
