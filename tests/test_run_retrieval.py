@@ -308,6 +308,7 @@ def test_videos_that_cannot_be_decoded_are_counted_in_the_results(world, trained
         (["--query", "red"], "gallery_dir is missing"),
         (["--repair"], "gallery_dir is missing"),
         (["--remove", "a.mp4"], "gallery_dir is missing"),
+        (["--remove", "a.mp4", "--gallery_dir", "{empty}/galery"], "galery, which is no folder"),
         (["--do_train", "--output_dir", "out"], "train_file is missing"),
         (["--do_train"], "output_dir is missing"),
         (["--index_folder", "{empty}", "--gallery_dir", "{empty}/gallery"], "holds no video"),
