@@ -35,6 +35,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -199,8 +200,13 @@ def run_rows(
             with ProcessPoolExecutor(args.processes, PROCESSES, max_tasks_per_child=1) as pool:
                 runs = {pool.submit(run, row, seed, args, threads): (row.name, seed) for row, seed in jobs}
                 for ended in as_completed(runs):
-                    if ended.exception():
+                    if error := ended.exception():
                         pool.shutdown(cancel_futures=True)
+                    if isinstance(error, BrokenProcessPool):
+                        raise RuntimeError(
+                            f"A run was killed from outside, perhaps for want of memory: one in {args.output_dir} with a "
+                            "log.txt and no results.json. The same command goes on."
+                        ) from error
                     results[runs[ended]] = ended.result()
                     progress.update()
     return results

@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import threading
+import time
+from contextlib import suppress
 
+import psutil
 import pytest
 import timm
 import torch
@@ -58,6 +62,16 @@ def test_searches_of_a_gallery_are_measured_with_what_they_find_and_storage_with
     assert [row["relative error"] for row in results["storage"]] == ["0", "2^-9.2", "2^-7.0"]
 
 
+def kill_who_writes(log):
+    """Kill the process below this one that has a file open, as soon as there is one."""
+    while True:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                if str(log) in (file.path for file in process.open_files()):
+                    return process.kill()
+        time.sleep(0.05)
+
+
 def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there_is(tmp_path):
     looks = [tmp_path / "here", tmp_path / "elsewhere"]
     for seed, look in enumerate(looks):
@@ -71,6 +85,12 @@ def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there
     with pytest.raises(RuntimeError, match=r"seed0/clips, .*log.txt there says why"):
         ablation.main([*command, str(tmp_path / "nowhere")])
     command.append(str(looks[0]))
+    stories_log = tmp_path / "runs" / "seed0" / "stories, divided_space_time" / "log.txt"
+    killer = threading.Thread(target=kill_who_writes, args=[stories_log], daemon=True)
+    killer.start()
+    with pytest.raises(RuntimeError, match=r"killed from outside, .* The same command goes on"):
+        ablation.main(command)
+    killer.join()
     ablation.main(command)
     first = json.loads((tmp_path / "runs" / "ablation.json").read_text())["results"]
     assert [entry["row"] for entry in first] == ["off the shelf, geometry", "joint, none"]
