@@ -29,7 +29,6 @@ import json
 import multiprocessing
 import os
 import runpy
-import shutil
 import statistics
 import sys
 import traceback
@@ -214,14 +213,12 @@ def run_rows(
 
 def run_clips(row: Row, seed: int, args: argparse.Namespace, threads: int):
     """Train on clips with the attention of this row, without merging."""
-    clips = _lesson("clips", row, seed, args)
-    first = Row(clips.name, "", {"attention_type": row.attention_type})
-    recipe = yaml.safe_load((args.config_dir / "recipe_clips.yaml").read_text())
-    kind = "model_name_or_path" if "model_name_or_path" in recipe else "config_name"
-    source = Path(recipe[kind]) if kind == "model_name_or_path" else args.config_dir
+    recipe = args.config_dir / "recipe_clips.yaml"
+    is_new = "model_name_or_path" not in yaml.safe_load(recipe.read_text())
     _run(
-        *(threads, clips, args.config_dir / "recipe_clips.yaml", *UNTESTED, "--eval_before_training", False),
-        *(f"--{kind}", with_changes(source, first, clips.parent / "configurations"), "--seed", seed),
+        *(threads, _lesson("clips", row, seed, args), recipe, *UNTESTED, "--eval_before_training", False),
+        *(("--config_name", args.config_dir) if is_new else ()),
+        *(*_as_options({"attention_type": row.attention_type}), "--seed", seed),
         *("--train_file", args.data_dir / "train_clips.jsonl", "--max_train_steps", args.clip_steps),
     )
 
@@ -242,28 +239,27 @@ def _lesson(name: str, row: Row, seed: int, args: argparse.Namespace) -> Path:
 
 def run_trained(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
     """Train as the row merges, and return the metrics of the test split, or of `--test_file`."""
-    folder = args.output_dir / f"seed{seed}"
-    start = with_changes(_lesson("stories", row, seed, args), row)
+    folder = args.output_dir / f"seed{seed}" / row.name
     tested = _run(
-        *(threads, folder / row.name, args.config_dir / "recipe.yaml", "--model_name_or_path", start),
-        *("--num_frames", row.num_frames, *ATTENTION, *_as_options(row)),
+        *(threads, folder, args.config_dir / "recipe.yaml", *ATTENTION, *_as_options(row.changes)),
+        *("--model_name_or_path", _lesson("stories", row, seed, args), "--num_frames", row.num_frames),
         *("--seed", seed, "--max_train_steps", args.row_steps, "--train_file", args.data_dir / "train.jsonl"),
         *("--do_eval", False, "--test_file", args.data_dir / "test.jsonl"),
     )
-    return _evaluate(threads, row, seed, folder / row.name, args) if args.test_file else tested
+    return _evaluate(threads, row, seed, folder, args) if args.test_file else tested
 
 
 def run_off_the_shelf(row: Row, seed: int, args: argparse.Namespace, threads: int) -> dict[str, float]:
     """Return the metrics of the weights that were trained without merging, merging as the row does."""
-    unmerged = args.output_dir / f"seed{seed}" / UNMERGED.name
-    return _evaluate(threads, row, seed, with_changes(unmerged, row), args)
+    return _evaluate(threads, row, seed, args.output_dir / f"seed{seed}" / UNMERGED.name, args)
 
 
 def _evaluate(threads: int, row: Row, seed: int, model: Path, args: argparse.Namespace) -> dict[str, float]:
     return _run(
         *(threads, results_folder(args) / f"seed{seed}" / row.name, "--model_name_or_path", model, "--do_predict"),
         *("--test_file", args.test_file or args.data_dir / "test.jsonl", "--max_words", 160, "--rerank_k", 16),
-        *("--num_frames", row.num_frames, "--cache_frames", "--per_device_eval_batch_size", 50, *_as_options(row)),
+        *("--num_frames", row.num_frames, "--cache_frames", "--per_device_eval_batch_size", 50),
+        *_as_options(row.changes),
     )
 
 
@@ -272,28 +268,12 @@ def results_folder(args: argparse.Namespace) -> Path:
     return args.output_dir / args.test_file.parent.name if args.test_file else args.output_dir
 
 
-def _as_options(row: Row) -> list[Any]:
-    """Merges are options of the script, and not in the folder it starts from: that may have fewer frames to merge."""
+def _as_options(changes: dict[str, Any]) -> list[Any]:
+    """Return options of the script for a configuration that differs from one without merging in this."""
     options = []
-    for name in _merges(0, 0):
-        value = row.changes.get(name, 0)
+    for name, value in {**_merges(0, 0), **changes}.items():
         options += [f"--{name}", *(value if isinstance(value, list) else [value])]
     return options
-
-
-def with_changes(source: Path, row: Row, parent: Path | None = None) -> Path:
-    """Copy a model's folder, weights linked, with the row's configuration of its video encoder, but no merges."""
-    folder = (parent or source.parent / "starts") / row.name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.suffix == ".json" and file.name != "results.json":
-            shutil.copy(file, folder)
-        elif file.suffix == ".safetensors" and not (folder / file.name).exists():
-            (folder / file.name).symlink_to(file.resolve())
-    config = json.loads((source / "config.json").read_text())
-    config["video_config"] |= {**row.changes, **_merges(0, 0)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return folder
 
 
 def _run(threads: int, output_dir: Path, *options: Any) -> dict[str, float]:

@@ -150,6 +150,45 @@ def test_a_mistake_in_the_arguments_is_named(tmp_path, recipe, command_line, mes
         parse_arguments(CLASSES, [str(tmp_path / "recipe.yaml"), *command_line])
 
 
+@pytest.mark.parametrize(
+    ("command_line", "replaced", "expected"),
+    [
+        ("--keep_ratio 0.4", {"merged_frames_per_layer": None, "merged_patches_per_layer": None}, 0.4),
+        ("--max_gflops=900", {"merged_frames_per_layer": None, "merged_patches_per_layer": None}, 900),
+        ("--num_train_epochs 3", {"max_train_steps": None}, 3),
+        ("--warmup_ratio 0.2", {"warmup_steps": None}, 0.2),
+        ("--model_name_or_path mine", {"config_name": None, "mimetic_initialization": False}, "mine"),
+        ("--test_file mine.jsonl", {"dataset_name": None, "data_dir": None}, ["mine.jsonl"]),
+        ("--dataset_name owner/name", {"data_dir": None, "train_file": None}, ["owner/name"]),
+    ],
+)
+def test_an_argument_takes_the_place_of_what_excludes_it_in_the_recipe(tmp_path, command_line, replaced, expected):
+    (tmp_path / "recipe.yaml").write_text(
+        "config_name: new\nmimetic_initialization: true\nmerged_frames_per_layer: 4\nmerged_patches_per_layer: [8, 4]\n"
+        "dataset_name: queryd\ndata_dir: QUERYD\nmax_train_steps: 7\nwarmup_steps: 2\noptimizer: muon\n"
+    )
+    classes = (ModelArguments, DataArguments, TrainingArguments)
+    parsed = parse_arguments(classes, [str(tmp_path / "recipe.yaml"), *command_line.split()])
+    arguments = as_recipe(*parsed)
+    assert replaced.items() <= arguments.items()
+    assert arguments[command_line.strip("-").replace("=", " ").split()[0]] == expected
+    assert arguments["optimizer"] == "muon"
+
+
+@pytest.mark.parametrize(
+    ("command_line", "message"),
+    [
+        ("--keep_ratio 0.4 --merged_frames_per_layer 1", "either merged_frames_per_layer or keep_ratio"),
+        ("--dataset_name owner/name --test_file mine.jsonl", "either dataset_name or test_file"),
+        ("--model_name_or_path mine --config_name new", "either model_name_or_path"),
+    ],
+)
+def test_arguments_of_one_command_line_exclude_each_other(tmp_path, command_line, message):
+    (tmp_path / "recipe.yaml").write_text("config_name: new\nkeep_ratio: 0.5\n")
+    with pytest.raises(ValueError, match=message):
+        parse_arguments((ModelArguments, DataArguments), [str(tmp_path / "recipe.yaml"), *command_line.split()])
+
+
 def test_a_value_of_the_wrong_type_is_named(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("seed: tomorrow")
     with pytest.raises(SystemExit):
@@ -157,7 +196,7 @@ def test_a_value_of_the_wrong_type_is_named(tmp_path, capsys):
     assert "argument --seed: invalid int value: 'tomorrow'" in capsys.readouterr().err
 
 
-# --- Optimiser and schedule --------------------------------------------------------------------------------------------
+# --- The model ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_budget_chooses_merges_for_the_frames_of_the_run_and_tells_them(tmp_path, caplog):
@@ -200,6 +239,31 @@ def test_merges_are_one_number_or_one_a_block(tmp_path):
     assert model.config.video_config.merged_patches == [2, 0, 1]
 
 
+def test_trained_weights_merge_and_attend_as_the_command_line_says(tmp_path):
+    trained = TestaForRetrieval(tiny_config(num_frames=4, merged_frames_per_layer=0, use_temporal_scaling=True))
+    trained.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+
+    def build(*options):
+        (model_args,) = parse_arguments((ModelArguments,), ["--model_name_or_path", str(tmp_path), *options])
+        model, _ = build_model(TestaForRetrieval, model_args, DataArguments())
+        return model.testa.video_model
+
+    strategy = ("--aggregation_strategy", "importance", "--proportional_attention", "true")
+    encoder = build("--merged_frames_per_layer", "1", "--frame_matching", "vote", *strategy)
+    config = encoder.config
+    assert (config.aggregation_strategy, config.frame_matching) == ("importance", "vote")
+    assert config.proportional_attention and not config.use_temporal_scaling
+    joint = build("--attention_type", "joint_space_time", "--merged_patches_per_layer", "3")
+    pixels = torch.randn(2, 4, 3, 32, 32)
+    assert joint(pixels).last_hidden_state.shape[1] < 1 + joint.config.num_patches * 4
+    own = trained.testa.video_model.layers[0]
+    for built in (encoder.layers[0], joint.layers[0]):
+        assert built.spatial.attention.qkv.weight.equal(own.spatial.attention.qkv.weight)
+    with pytest.raises(ValueError, match="it needs aggregation_strategy='geometry', not 'prune'"):
+        build("--aggregation_strategy", "prune", "--frame_matching", "consecutive")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -218,6 +282,9 @@ def test_merges_are_one_number_or_one_a_block(tmp_path):
 def test_arguments_that_do_not_go_together_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         ModelArguments(config_name="folder", **settings)
+
+
+# --- Optimiser and schedule --------------------------------------------------------------------------------------------
 
 
 def test_biases_norms_embeddings_and_scalars_are_not_decayed():

@@ -15,14 +15,34 @@ from transformers_testa.data.benchmarks import BENCHMARKS
 from transformers_testa.video_processing_testa import available_threads
 
 
+# An argument on the command line takes the place, in a recipe, of those that exclude it: argument → what it replaces.
+Replaces = dict[str, tuple[str, ...]]
+COUNTS = ("merged_frames_per_layer", "merged_patches_per_layer")
+BUDGETS = ("keep_ratio", "max_gflops")
+FILES = ("train_file", "validation_file", "test_file")
+OF_DATASETS = ("dataset_name", "dataset_config_name", "columns", "data_dir")
+OF_NEW_WEIGHTS = (
+    *("config_name", "initializer_range", "mimetic_initialization"),
+    *("init_from_blip", "init_text_from_bert"),
+)
+
+
 @dataclass
 class ModelArguments:
     """Which model. `free` names, here and below, the arguments that may change when a run goes on from a checkpoint."""
 
     free: ClassVar[tuple[str, ...]] = (
         *("config_name", "init_from_blip", "init_text_from_bert", "attn_implementation"),
-        *("keep_ratio", "max_gflops", "merge_schedule"),  # what they lead to is in the model's configuration
+        # What these lead to is in the model's configuration.
+        *("keep_ratio", "max_gflops", "merge_schedule"),
+        *("attention_type", "aggregation_strategy", "frame_matching", "proportional_attention"),
     )
+    replaces: ClassVar[Replaces] = {
+        "model_name_or_path": OF_NEW_WEIGHTS,
+        "config_name": ("model_name_or_path",),
+        **dict.fromkeys(COUNTS, (*BUDGETS, "merge_schedule")),
+        **dict.fromkeys(BUDGETS, (*COUNTS, *BUDGETS)),
+    }
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A trained model, to go on from or to use."}
@@ -67,11 +87,25 @@ class ModelArguments:
     merge_schedule: Literal["constant", "decreasing", "increasing"] = field(
         default="constant", metadata={"help": "How merges chosen by keep_ratio or max_gflops spread over the blocks."}
     )
+    attention_type: Literal["divided_space_time", "joint_space_time", "space_only"] | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of the video encoder, else the config's; another than trained weights have learns anew."
+        },
+    )
+    aggregation_strategy: Literal["geometry", "importance", "prune"] | None = field(
+        default=None, metadata={"help": "Which tokens merge, or are dropped; else the config's."}
+    )
+    frame_matching: Literal["mean", "vote", "consecutive"] | None = field(
+        default=None, metadata={"help": "How frames are compared, to merge; else the config's."}
+    )
+    proportional_attention: bool | None = field(
+        default=None, metadata={"help": "Whether a token counts as the patches merged into it; else the config's."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
     def __post_init__(self) -> None:
-        merges = ("merged_frames_per_layer", "merged_patches_per_layer")
-        for name in merges:
+        for name in COUNTS:
             match getattr(self, name):
                 case [number]:
                     setattr(self, name, number)
@@ -88,10 +122,7 @@ class ModelArguments:
             raise ValueError("init_from_blip needs config_name: the folder of the new model's configuration.")
         if self.init_text_from_bert and (self.config_name is None or self.init_from_blip):
             raise ValueError("init_text_from_bert is for new weights: it needs config_name, and no init_from_blip.")
-        counts, budget = (
-            [name for name in names if getattr(self, name) is not None]
-            for names in (merges, ("keep_ratio", "max_gflops"))
-        )
+        counts, budget = ([name for name in names if getattr(self, name) is not None] for names in (COUNTS, BUDGETS))
         if counts and budget:
             raise ValueError(f"Give either {counts[0]} or {budget[0]}, which chooses counts itself.")
         if self.merge_schedule != "constant" and not budget:
@@ -103,11 +134,14 @@ class DataArguments:
     """Which videos and texts, and what is taken of them."""
 
     free: ClassVar[tuple[str, ...]] = (
-        *("dataset_name", "dataset_config_name", "columns", "data_dir", "video_root"),
+        *(*OF_DATASETS, *FILES, "video_root"),
         *("cache_frames", "cache_videos"),
         *("decoding_time_limit", "decoding_memory_limit"),
-        *("train_file", "validation_file", "test_file"),
     )
+    replaces: ClassVar[Replaces] = {
+        "dataset_name": (*FILES, *OF_DATASETS),
+        **dict.fromkeys(FILES, OF_DATASETS),
+    }
 
     dataset_name: list[str] | None = field(
         default=None,
@@ -176,6 +210,9 @@ class DataArguments:
             )
         if self.max_words is None:
             self.max_words = max((BENCHMARKS[name].max_words for name in benchmarks), default=64)
+        given = [name for name in FILES if getattr(self, name)]
+        if names and given:
+            raise ValueError(f"Give either dataset_name or {given[0]}: a data set has splits of its own.")
         for column in self.columns or ():
             if "=" not in column:
                 raise ValueError(f"columns has {column!r}; ours=theirs is needed, such as text=caption.")
@@ -225,6 +262,7 @@ class TrainingArguments:
         *("eval_before_training", "per_device_eval_batch_size", "eval_steps", "save_steps", "logging_steps"),
         *("num_workers", "report_to"),
     )
+    replaces: ClassVar[Replaces] = {"warmup_ratio": ("warmup_steps",), "num_train_epochs": ("max_train_steps",)}
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Where checkpoints, the trained model and the results go."}
@@ -316,6 +354,9 @@ def multiplies_bf16() -> bool:
 def parse_arguments(argument_classes: tuple[type, ...], arguments: list[str]) -> tuple[Any, ...]:
     """Read `[recipe.yaml] [--name value ...]`; what is named on the command line overrides the recipe.
 
+    So do alternatives: `--keep_ratio 0.5` takes the place of a recipe's counts of merges, `--num_train_epochs 3` that of
+    its number of steps.
+
     Args:
         argument_classes: Dataclasses that the arguments belong to.
         arguments: The command line without the script's name. A recipe is a `.yaml`, `.yml` or `.json` file of one
@@ -333,7 +374,12 @@ def parse_arguments(argument_classes: tuple[type, ...], arguments: list[str]) ->
         if count > 1:
             raise ValueError(f"The command line has {option} {count} times; give all its values after one {option}.")
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
-        arguments = [*_recipe_as_arguments(Path(arguments[0]), argument_classes), *arguments[1:]]
+        recipe = _read_recipe(Path(arguments[0]), argument_classes)
+        for group in argument_classes:
+            for name, replaced in getattr(group, "replaces", {}).items():
+                if f"--{name}" in options:
+                    recipe = {key: value for key, value in recipe.items() if key not in replaced}
+        arguments = [*_as_arguments(recipe, argument_classes), *arguments[1:]]
     parser = HfArgumentParser(argument_classes, allow_abbrev=False)  # type: ignore[arg-type]  # it means dataclasses
     *parsed, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
@@ -348,7 +394,7 @@ def parse_arguments(argument_classes: tuple[type, ...], arguments: list[str]) ->
     return tuple(parsed)
 
 
-def _recipe_as_arguments(file: Path, argument_classes: tuple[type, ...]) -> list[str]:
+def _read_recipe(file: Path, argument_classes: tuple[type, ...]) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"The recipe {file} doesn't exist.")
     try:
@@ -358,13 +404,18 @@ def _recipe_as_arguments(file: Path, argument_classes: tuple[type, ...]) -> list
         raise ValueError(f"The recipe {file} can't be read: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {file} must be a mapping of argument names to values.")
+    for name in recipe:
+        if name not in _argument_names(argument_classes):
+            raise ValueError(_unknown_argument(str(name), argument_classes, f"The recipe {file}"))
+    return recipe
+
+
+def _as_arguments(recipe: dict[str, Any], argument_classes: tuple[type, ...]) -> list[str]:
     switches = {
         argument.name for group in argument_classes for argument in dataclasses.fields(group) if argument.type is bool
     }
     arguments = []
     for name, value in recipe.items():
-        if name not in _argument_names(argument_classes):
-            raise ValueError(_unknown_argument(str(name), argument_classes, f"The recipe {file}"))
         if value is False and name not in switches:
             value = "no"  # which YAML takes for false: `mixed_precision: no`
         if value is not None:

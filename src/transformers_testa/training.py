@@ -78,7 +78,7 @@ def build_model(
     """Load a model, or make one with new weights, and its processor, with the arguments' settings put into both.
 
     Weights that were trained with another number of frames get resized time embeddings. Temporal scaling, which belongs
-    to pre-training, is left behind where frames merge.
+    to pre-training, is left behind where frames merge, and with the attention along time.
 
     Raises:
         ValueError: The model can't be found, the folder holds another kind of model, or the settings don't go together.
@@ -95,9 +95,11 @@ def build_model(
     for part in (config, config.video_config, config.text_config):
         _override(part, model_args, "initializer_range")
     _override(config.video_config, model_args, "merged_frames_per_layer", "merged_patches_per_layer")
+    _override(config.video_config, model_args, "attention_type", "aggregation_strategy", "frame_matching")
+    _override(config.video_config, model_args, "proportional_attention")
     if model_args.keep_ratio is not None or model_args.max_gflops is not None:
         _plan_within_budget(config.video_config, model_args)
-    if any(config.video_config.merged_frames):
+    if any(config.video_config.merged_frames) or config.video_config.attention_type != "divided_space_time":
         config.video_config.use_temporal_scaling = False
     config.video_config.validate_architecture()
     if model_args.model_name_or_path:
