@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
 from transformers_testa.arguments import (
+    COUNTS,
     DataArguments,
     ModelArguments,
     ObjectiveArguments,
@@ -77,8 +78,7 @@ def build_model(
 ) -> tuple[Model, TestaProcessor]:
     """Load a model, or make one with new weights, and its processor, with the arguments' settings put into both.
 
-    Weights that were trained with another number of frames get resized time embeddings. Temporal scaling, which belongs
-    to pre-training, is left behind where frames merge, and with the attention along time.
+    Weights that were trained with another number of frames get resized time embeddings.
 
     Raises:
         ValueError: The model can't be found, the folder holds another kind of model, or the settings don't go together.
@@ -89,19 +89,7 @@ def build_model(
     if not isinstance(config, TestaConfig):
         raise ValueError(f"{source} holds a `{config.model_type}` model; a `testa` model is needed.")
     stored_frames = config.video_config.num_frames
-    _override(config.video_config, data_args, "num_frames")
-    if model_args.time_embeddings is not None:
-        config.video_config.num_frames = model_args.time_embeddings
-    for part in (config, config.video_config, config.text_config):
-        _override(part, model_args, "initializer_range")
-    _override(config.video_config, model_args, "merged_frames_per_layer", "merged_patches_per_layer")
-    _override(config.video_config, model_args, "attention_type", "aggregation_strategy", "frame_matching")
-    _override(config.video_config, model_args, "proportional_attention")
-    if model_args.keep_ratio is not None or model_args.max_gflops is not None:
-        _plan_within_budget(config.video_config, model_args)
-    if any(config.video_config.merged_frames) or config.video_config.attention_type != "divided_space_time":
-        config.video_config.use_temporal_scaling = False
-    config.video_config.validate_architecture()
+    configure(config, model_args, data_args)
     if model_args.model_name_or_path:
         model = _load_model(model_class, source, config, stored_frames)
     elif model_args.init_from_blip:
@@ -137,6 +125,27 @@ BLIP_ARCHITECTURES = {
     "TestaForRetrieval": "retrieval",
     "TestaForVideoQA": "videoqa",
 }
+
+
+def configure(config: TestaConfig, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Put the arguments' settings into a configuration. Raises ValueError where they don't go together.
+
+    Temporal scaling, which belongs to pre-training, is left behind where frames merge or nothing attends along time.
+    """
+    video_config = config.video_config
+    _override(video_config, data_args, "num_frames")
+    if model_args.time_embeddings is not None:
+        video_config.num_frames = model_args.time_embeddings
+    for part in (config, video_config, config.text_config):
+        _override(part, model_args, "initializer_range")
+    _override(video_config, model_args, *COUNTS)
+    _override(video_config, model_args, "attention_type", "aggregation_strategy", "frame_matching")
+    _override(video_config, model_args, "proportional_attention")
+    if model_args.keep_ratio is not None or model_args.max_gflops is not None:
+        _plan_within_budget(video_config, model_args)
+    if any(video_config.merged_frames) or video_config.attention_type != "divided_space_time":
+        video_config.use_temporal_scaling = False
+    video_config.validate_architecture()
 
 
 def _load_model(model_class: type[Model], source: str, config: TestaConfig, stored_frames: int) -> Model:
