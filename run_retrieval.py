@@ -115,7 +115,7 @@ class RetrievalArguments:
             )
         if (self.index_folder or self.query or self.repair or self.remove) and self.gallery_dir is None:
             raise ValueError("gallery_dir is missing: the folder where the gallery of embedded videos is kept.")
-        if self.gallery_dir and not self.index_folder and not Path(self.gallery_dir).is_dir():
+        if self.gallery_dir and not (self.index_folder or self.baseline or Path(self.gallery_dir).is_dir()):
             raise ValueError(
                 f"gallery_dir is {self.gallery_dir}, which is no folder; index_folder makes a gallery there."
             )
