@@ -6,8 +6,9 @@ Counted from the configuration, so the figures are the same on every machine.
 """
 
 import argparse
-import json
 from pathlib import Path
+
+from measuring import print_table, save_json
 
 from transformers_testa import TestaVideoConfig
 from transformers_testa.flops import count_video_gflops
@@ -26,31 +27,27 @@ SETTINGS = (
 )
 
 
-def main():
+def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file for the figures.")
-    output = parser.parse_args().output
+    args = parser.parse_args(arguments)
     rows = []
-    print("| frames | merged frames, patches a block | GFLOPs | published |\n|---|---|---|---|")
     for num_frames, merged_frames, merged_patches, published in SETTINGS:
         config = TestaVideoConfig(
-            num_frames=num_frames,
-            merged_frames_per_layer=merged_frames,
-            merged_patches_per_layer=merged_patches,
+            num_frames=num_frames, merged_frames_per_layer=merged_frames, merged_patches_per_layer=merged_patches
         )
-        gflops = round(count_video_gflops(config), 1)
-        print(f"| {num_frames} | {merged_frames}, {merged_patches} | {gflops} | {published} |")
+        gflops = f"{count_video_gflops(config):.1f}"
+        merges = f"{merged_frames}, {merged_patches}"
         rows.append(
             {
-                "num_frames": num_frames,
-                "merged_frames_per_layer": merged_frames,
-                "merged_patches_per_layer": merged_patches,
-                "gflops": gflops,
-                "published": published,
+                "frames": num_frames,
+                "merged frames, patches a block": merges,
+                "GFLOPs": gflops,
+                "published": str(published),
             }
         )
-    if output:
-        output.write_text(json.dumps(rows, indent=2) + "\n")
+    print_table(rows)
+    save_json(args.output, "every machine", rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import json
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
+import datasets
 import psutil
 import pytest
 import timm
@@ -13,8 +15,11 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, BertConfig, BertModel
 
-from transformers_testa import TestaForRetrieval
+from transformers_testa import TestaForRetrieval, TestaProcessor
 from transformers_testa.data.demo import DemoArguments, make_demo
+
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +65,63 @@ def test_searches_of_a_gallery_are_measured_with_what_they_find_and_storage_with
     sizes = {row["stored in"]: row["MB a video"] for row in results["storage"]}
     assert sizes["float32"] > 1.9 * sizes["bfloat16"] > 3.5 * sizes["int8"]
     assert [row["relative error"] for row in results["storage"]] == ["0", "2^-9.2", "2^-7.0"]
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """Stories of the demo and, in `model`, its model with new weights."""
+    folder = tmp_path_factory.mktemp("stories")
+    sizes = {"num_train": 2, "num_validation": 2, "num_test": 8, "image_size": 32, "fps": 4}
+    make_demo(DemoArguments(str(folder), **sizes))
+    config_dir = ROOT / "hub_configs" / "testa-demo"
+    TestaForRetrieval(AutoConfig.from_pretrained(config_dir)).save_pretrained(folder / "model")
+    TestaProcessor.from_pretrained(config_dir).save_pretrained(folder / "model")
+    return folder
+
+
+def test_pictures_are_drawn_of_a_story_and_of_any_video(stories, tmp_path, capsys):
+    pictures = importlib.import_module("pictures")
+    options = ("--model", str(stories / "model"), "--output_dir")
+    story = ("--data_dir", str(stories), "--video_id", "test-00003")
+    pictures.main([*options, str(tmp_path / "story"), *story])
+    assert "of those in one token" in capsys.readouterr().out
+    video = ("--video", str(stories / "videos" / "test-00003.mp4"), "--phrase", "a star.")
+    pictures.main([*options, str(tmp_path / "video"), *video])
+    drawn = {"merged.png", "layers.png", "layers.gif", "grounding.png", "similarity.png"}
+    for folder, names in (("story", drawn | {"results.png"}), ("video", drawn)):
+        assert {file.name for file in (tmp_path / folder).iterdir()} == names
+        with Image.open(tmp_path / folder / "merged.png") as picture:
+            assert picture.width > 6 * 4 * 24  # six frames in a row, of four patches
+    with pytest.raises(SystemExit):
+        pictures.main([*options, str(tmp_path), *story, *video])
+
+
+def test_pointing_at_objects_is_compared_with_chance(stories, tmp_path, capsys):
+    options = ("--model", str(stories / "model"), "--data_dir", str(stories), "--num_videos", "3")
+    importlib.import_module("grounding").main([*options, "--output", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert figures["videos"] == 3 and figures["objects"] > 3
+    assert {(row["text"], row["by"]) for row in figures["rows"]} == {
+        (text, by) for text in ("phrase", "sentence") for by in ("random", "cosine", "matching", "cross-attention")
+    }
+    assert all(0 <= value <= 100 for row in figures["rows"] for name, value in row.items() if name.endswith("%"))
+    assert "3 videos; " in capsys.readouterr().out
+
+
+def test_precisions_are_compared_in_recall_size_and_speed(stories, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    source = ("--model_name_or_path", str(stories / "model"), "--test_file", str(stories / "test.jsonl"))
+    importlib.import_module("quantization").main([*source, "--output", str(tmp_path / "figures.json")])
+    rows = json.loads((tmp_path / "figures.json").read_text())["results"]["rows"]
+    megabytes = {row["precision"]: row["MB"] for row in rows}
+    assert megabytes["fp32"] > 1.9 * megabytes["bf16"] > megabytes["int8"] > 0
+    assert all(0 <= row["re-ranked R@1"] <= 100 for row in rows)
+
+
+def test_counted_gflops_are_near_the_published_ones(tmp_path):
+    importlib.import_module("gflops").main(["--output", str(tmp_path / "figures.json")])
+    for row in json.loads((tmp_path / "figures.json").read_text())["results"]:
+        assert float(row["GFLOPs"]) == pytest.approx(float(row["published"]), rel=0.005)
 
 
 def kill_who_writes(log):
@@ -119,7 +181,7 @@ def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_wit
     scenes = {"min_scenes": 3, "max_scenes": 4, "objects": str(tmp_path / "objects")}
     make_demo(DemoArguments(str(tmp_path / "demo"), **sizes, **scenes))
     ablation, distillation = map(importlib.import_module, ("ablation", "distillation"))
-    config_dir = ablation.ROOT / "hub_configs" / "testa-demo-photographs"
+    config_dir = ROOT / "hub_configs" / "testa-demo-photographs"
     text_config = AutoConfig.from_pretrained(config_dir).text_config
     shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     bert = BertModel(BertConfig(**{name: getattr(text_config, name) for name in shared}))
