@@ -20,7 +20,7 @@ Replaces = dict[str, tuple[str, ...]]
 COUNTS = ("merged_frames_per_layer", "merged_patches_per_layer")
 BUDGETS = ("keep_ratio", "max_gflops")
 FILES = ("train_file", "validation_file", "test_file")
-OF_DATASETS = ("dataset_name", "dataset_config_name", "columns", "data_dir")
+OF_DATASETS = ("dataset_name", "dataset_config_name", "data_dir")
 OF_NEW_WEIGHTS = (
     *("config_name", "initializer_range", "mimetic_initialization"),
     *("init_from_blip", "init_text_from_bert"),
@@ -134,12 +134,12 @@ class DataArguments:
     """Which videos and texts, and what is taken of them."""
 
     free: ClassVar[tuple[str, ...]] = (
-        *(*OF_DATASETS, *FILES, "video_root"),
+        *(*OF_DATASETS, *FILES, "columns", "video_root"),
         *("cache_frames", "cache_videos"),
         *("decoding_time_limit", "decoding_memory_limit"),
     )
     replaces: ClassVar[Replaces] = {
-        "dataset_name": (*FILES, *OF_DATASETS),
+        "dataset_name": (*FILES, *OF_DATASETS, "columns"),
         **dict.fromkeys(FILES, OF_DATASETS),
     }
 
@@ -152,7 +152,9 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a data set of the Hub."})
     columns: list[str] | None = field(
         default=None,
-        metadata={"help": "How a data set of the Hub names our columns, if not as we do: text=caption video=path ..."},
+        metadata={
+            "help": "How files or a data set of the Hub name our columns, if not as we do: text=caption video=path"
+        },
     )
     data_dir: list[str] | None = field(
         default=None, metadata={"help": "Holds the annotation files of a benchmark; one for each in dataset_name."}

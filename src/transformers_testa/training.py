@@ -190,13 +190,13 @@ def load_split(data_args: DataArguments, split: str, task: Task = "text") -> lis
         ValueError: No source is given, or it can't be read, or it is for another task.
     """
     video_root, max_words = data_args.video_root, data_args.max_words
+    columns = dict(column.split("=", 1) for column in data_args.columns or ())
     if not data_args.dataset_name:
         files = getattr(data_args, f"{split}_file")
         if not files:
             raise ValueError(f"{split}_file is missing: the annotations of the {split} split (or pass dataset_name).")
-        return [load_annotations(file, video_root, max_words, task) for file in files]
+        return [load_annotations(file, video_root, max_words, task, columns) for file in files]
     folders = iter(data_args.data_dir or ())
-    columns = dict(column.split("=", 1) for column in data_args.columns or ())
     tables = []
     for name in data_args.dataset_name:
         if name in BENCHMARKS:

@@ -81,6 +81,18 @@ def test_videos_start_from_video_root_and_texts_keep_max_words(folder, tmp_path_
     assert row == {"video": str(folder / "a.mp4"), "video_id": "a", "text": "a dog"}
 
 
+@pytest.mark.parametrize("write", [write_jsonl, write_csv])
+def test_columns_of_other_names_are_read_as_ours(folder, write):
+    file = write(folder, {"file": "a.mp4", "video_id": "a", "caption": "A dog", "text": "not this"})
+    columns = {"video": "file", "text": "caption"}
+    table = load_annotations(file, columns=columns)
+    assert table["text"] == ["a dog"] and table["video"] == [str(folder / "a.mp4")]
+    with pytest.raises(ValueError, match="no row has `begin`, which columns says is `start`"):
+        load_annotations(file, columns={**columns, "start": "begin"})
+    with pytest.raises(ValueError, match="`caption` is no column of the task 'text'; those are video, "):
+        load_annotations(file, columns={"caption": "text"})
+
+
 def test_urls_are_left_alone(folder):
     (row,) = load_annotations(write_jsonl(folder, {**ROW, "video": "https://example.org/a.mp4"}))
     assert row["video"] == "https://example.org/a.mp4"

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -50,7 +50,11 @@ def _first_words(text: str, max_words: int | None) -> str:
 
 
 def load_annotations(
-    file: str | Path, video_root: str | Path | None = None, max_words: int | None = None, task: Task = "text"
+    file: str | Path,
+    video_root: str | Path | None = None,
+    max_words: int | None = None,
+    task: Task = "text",
+    columns: Mapping[str, str] = {},
 ) -> Dataset:
     """Read a JSONL or CSV file of videos and their texts or questions.
 
@@ -71,6 +75,7 @@ def load_annotations(
         video_root: Folder that relative paths in `video` start from; the folder of `file` if not given.
         max_words: Words kept of each text (all if not given) or question (50 if not given).
         task: "text", "question" or "choice".
+        columns: From our column names to those of the file, for columns that are called differently there.
 
     Returns:
         A `datasets.Dataset` with the columns of the task, `video` as an absolute path or a URL, texts, questions and
@@ -78,7 +83,7 @@ def load_annotations(
         `distractor` and `question_type` it has those that the file has; None where a row leaves them out.
 
     Raises:
-        ValueError: The file doesn't exist or is empty, a row is broken (named by its line), or no video exists.
+        ValueError: The file doesn't exist or is empty, a column or row is broken (named by its line), or no video exists.
     """
     file = existing_file(file)
     readers = {".jsonl": read_jsonl, ".csv": read_csv}
@@ -86,7 +91,18 @@ def load_annotations(
         raise ValueError(
             f"{file}: annotations are .jsonl or .csv files, not {file.suffix or 'files without an ending'}."
         )
-    return build_table(readers[file.suffix](file), file, video_root or file.parent, max_words, task)
+    rows = readers[file.suffix](file)
+    check_column_names(columns, task)
+    for column, theirs in columns.items():
+        if not any(theirs in row for _, row in rows):
+            raise ValueError(f"{file}: no row has `{theirs}`, which columns says is `{column}`.")
+    rows = [(number, _rename(row, columns)) for number, row in rows]
+    return build_table(rows, file, video_root or file.parent, max_words, task)
+
+
+def _rename(row: dict, columns: Mapping[str, str]) -> dict:
+    kept = {name: value for name, value in row.items() if name not in columns}
+    return kept | {column: row[theirs] for column, theirs in columns.items() if theirs in row}
 
 
 def existing_file(file: str | Path) -> Path:
@@ -335,6 +351,13 @@ def task_columns(task: Task, video_root: Path, max_words: int | None) -> dict[st
     if task not in columns:
         raise ValueError(f"There is no task {task!r}; there are {', '.join(columns)}.")
     return columns[task]
+
+
+def check_column_names(columns: Mapping[str, str], task: Task) -> None:
+    """Make sure that all columns to be found under another name are columns of the task, or raise ValueError."""
+    known = task_columns(task, Path(), None)
+    if unknown := [column for column in columns if column not in known]:
+        raise ValueError(f"columns: `{unknown[0]}` is no column of the task {task!r}; those are {', '.join(known)}.")
 
 
 def _optional(read: Callable[[Any, dict], Any]) -> Column:

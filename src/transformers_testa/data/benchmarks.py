@@ -18,6 +18,7 @@ from transformers_testa.data.annotations import (
     Rows,
     Task,
     build_table,
+    check_column_names,
     clean_answer,
     existing_file,
     missing_field,
@@ -379,8 +380,7 @@ def load_hub_dataset(
     source = f"{name}, split {split}"
     video_root = Path(video_root or (name if Path(name).is_dir() else "."))
     known = task_columns(task, video_root, max_words)
-    if unknown := [column for column in columns if column not in known]:
-        raise ValueError(f"columns: `{unknown[0]}` is no column of the task {task!r}; those are {', '.join(known)}.")
+    check_column_names(columns, task)
     found = {}
     for column, rule in known.items():
         theirs = columns.get(column, column)
