@@ -42,6 +42,7 @@ from typing import Any
 
 import torch
 import yaml
+from matplotlib.figure import Figure
 from measuring import alternate, describe_machine, markdown_table, peak_memory, save_json
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -126,6 +127,24 @@ ROWS = (
         for merging, changes in (("", {}), (", both", _merges(number // 6, 3)))
     ),
 )
+
+# Lines of the plot, as in the paper's figures 5 to 7: by panel and line, the rows, each with what it is labelled by.
+CURVES = {
+    "frames (lines) and patches (labels)\nmerged a block, off the shelf": {
+        f"{frames} frames": {
+            str(patches): f"off the shelf, {frames} and {patches}" if frames or patches else UNMERGED.name
+            for patches in range(5)
+        }
+        for frames in (0, 2, 4, 6)
+    },
+    "frames seen (labels), off the shelf": {
+        "nothing merged": {"24": UNMERGED.name, **{str(n): f"off the shelf, {n} frames" for n in (6, 12, 36, 48)}},
+        "frames and patches merged": {
+            "24": "off the shelf, geometry",
+            **{str(n): f"off the shelf, {n} frames, both" for n in (6, 12, 36, 48)},
+        },
+    },
+}
 
 
 def main(arguments: list[str] | None = None):
@@ -346,30 +365,38 @@ def _with_spread(value: Any) -> Any:
 
 
 def write_report(file: Path, table: list[dict[str, Any]], shown: str, machine: str, seeds: str):
-    """Write the table as Markdown, and a plot of recall against GFLOPs with its Pareto front."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    points = [(entry["GFLOPs"], statistics.mean(entry["R@1"]), entry["row"]) for entry in table]
-    front = [point for point in points if not any(o[0] <= point[0] and o[1] > point[1] for o in points)]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for kind, marker in MARKERS.items():
-        if chosen := [(gflops, recall) for gflops, recall, name in points if _kind(name) == kind]:
-            axes.plot(*zip(*chosen, strict=True), marker, label=kind)
-    axes.plot(*zip(*sorted((x, y) for x, y, _ in front), strict=True), color="grey", linewidth=1, label="Pareto front")
-    axes.set(xlabel="GFLOPs a video", ylabel="text-to-video R@1, %")
-    axes.legend()
-    figure.savefig(file.with_suffix(".png"), dpi=120)
-    plt.close(figure)
-
+    """Write the table as Markdown, and a plot of recall against GFLOPs."""
+    plot_recall(file.with_suffix(".png"), table)
     file.write_text(
         "# Ablations on the demo's stories\n\n"
         f"`python benchmarks/ablation.py`, {seeds}, on {machine}.\n\n"
         f"![Recall against GFLOPs]({file.with_suffix('.png').name})\n\n{shown}\n",
         encoding="utf-8",
     )
+
+
+def plot_recall(file: Path, table: list[dict[str, Any]]):
+    """Draw recall against GFLOPs: of all rows, with their Pareto front, and along the `CURVES`."""
+    points = {entry["row"]: (entry["GFLOPs"], statistics.mean(entry["R@1"])) for entry in table}
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    of_all, *of_curves = figure.subplots(1, 1 + len(CURVES), sharey=True)
+    for kind, marker in MARKERS.items():
+        if chosen := [point for row, point in points.items() if _kind(row) == kind]:
+            of_all.plot(*zip(*chosen, strict=True), marker, label=kind)
+    front = [x for x in points.values() if not any(o[0] <= x[0] and o[1] > x[1] for o in points.values())]
+    of_all.plot(*zip(*sorted(front), strict=True), color="grey", linewidth=1, label="Pareto front")
+    of_all.set(title="all rows", ylabel="text-to-video R@1, %")
+    for axes, (title, lines) in zip(of_curves, CURVES.items(), strict=True):
+        axes.set(title=title)
+        for name, rows in lines.items():
+            labelled = sorted((*points[row], label) for label, row in rows.items() if row in points)
+            axes.plot([x for x, _, _ in labelled], [y for _, y, _ in labelled], "o-", markersize=4, label=name)
+            for gflops, recall, label in labelled:
+                axes.annotate(label, (gflops, recall), xytext=(3, -9), textcoords="offset points", fontsize=8)
+    for axes in (of_all, *of_curves):
+        axes.set(xlabel="GFLOPs a video")
+        axes.legend()
+    figure.savefig(file, dpi=100)
 
 
 def _kind(row: str) -> str:
