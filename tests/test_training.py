@@ -189,6 +189,11 @@ def test_arguments_of_one_command_line_exclude_each_other(tmp_path, command_line
         parse_arguments((ModelArguments, DataArguments), [str(tmp_path / "recipe.yaml"), *command_line.split()])
 
 
+def test_what_belongs_to_a_teacher_needs_one():
+    with pytest.raises(ValueError, match="queue_size is 64, and there is no teacher: it needs momentum"):
+        ObjectiveArguments(queue_size=64)
+
+
 def test_a_value_of_the_wrong_type_is_named(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("seed: tomorrow")
     with pytest.raises(SystemExit):
@@ -378,7 +383,8 @@ def run(
     processor.video_processor.frame_sampling = "jitter"
     dataset = VideoTextDataset(load_annotations(folder / "train.jsonl"), processor.video_processor)
     sampler = EpochBatchSampler(len(dataset), args.per_device_train_batch_size, args.seed)
-    objective = create_objective(model, ObjectiveArguments(momentum=momentum, queue_size=5), args, sampler)
+    teacher = {"momentum": momentum, "queue_size": 5} if momentum else {}
+    objective = create_objective(model, ObjectiveArguments(**teacher), args, sampler)
     losses = []
 
     def collate(samples):

@@ -246,6 +246,10 @@ class ObjectiveArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.momentum is None:
+            for argument in dataclasses.fields(self):
+                if (value := getattr(self, argument.name)) != argument.default:
+                    raise ValueError(f"{argument.name} is {value}, and there is no teacher: it needs momentum.")
         for name in ("momentum", "distillation_weight"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
