@@ -135,6 +135,7 @@ def test_a_written_recipe_gives_the_same_arguments(tmp_path):
         ),
         ("seed: 1", ["--learning-rat", "1"], r"command line has `learning-rat`.*did you mean `learning_rate`\?"),
         ("seed: 1", ["--seed", "2", "--seed", "3"], "command line has --seed 2 times; give all its values after one"),
+        ("seed: 1", ["--num-workers=2", "--num_workers", "3"], "command line has --num_workers 2 times"),
         ("seed: 1", ["stray"], "'stray', which belongs to no argument"),
         ("- seed", [], "must be a mapping"),
         ("seed: [", [], "can't be read"),
@@ -155,7 +156,7 @@ def test_a_mistake_in_the_arguments_is_named(tmp_path, recipe, command_line, mes
     [
         ("--keep_ratio 0.4", {"merged_frames_per_layer": None, "merged_patches_per_layer": None}, 0.4),
         ("--max_gflops=900", {"merged_frames_per_layer": None, "merged_patches_per_layer": None}, 900),
-        ("--num_train_epochs 3", {"max_train_steps": None}, 3),
+        ("--num-train-epochs 3", {"max_train_steps": None}, 3),
         ("--warmup_ratio 0.2", {"warmup_steps": None}, 0.2),
         ("--model_name_or_path mine", {"config_name": None, "mimetic_initialization": False}, "mine"),
         ("--test_file mine.jsonl", {"dataset_name": None, "data_dir": None}, ["mine.jsonl"]),
@@ -171,7 +172,7 @@ def test_an_argument_takes_the_place_of_what_excludes_it_in_the_recipe(tmp_path,
     parsed = parse_arguments(classes, [str(tmp_path / "recipe.yaml"), *command_line.split()])
     arguments = as_recipe(*parsed)
     assert replaced.items() <= arguments.items()
-    assert arguments[command_line.strip("-").replace("=", " ").split()[0]] == expected
+    assert arguments[command_line[2:].replace("-", "_").replace("=", " ").split()[0]] == expected
     assert arguments["optimizer"] == "muon"
 
 

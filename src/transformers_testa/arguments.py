@@ -375,15 +375,19 @@ def parse_arguments(argument_classes: tuple[type, ...], arguments: list[str]) ->
         ValueError: The recipe can't be read, an argument doesn't exist (the nearest name is suggested), or it is given
             twice.
     """
-    options = Counter(argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    options = Counter(
+        argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")
+    )
     for option, count in options.items():
         if count > 1:
-            raise ValueError(f"The command line has {option} {count} times; give all its values after one {option}.")
+            raise ValueError(
+                f"The command line has --{option} {count} times; give all its values after one --{option}."
+            )
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
         recipe = _read_recipe(Path(arguments[0]), argument_classes)
         for group in argument_classes:
             for name, replaced in getattr(group, "replaces", {}).items():
-                if f"--{name}" in options:
+                if name in options:
                     recipe = {key: value for key, value in recipe.items() if key not in replaced}
         arguments = [*_as_arguments(recipe, argument_classes), *arguments[1:]]
     parser = HfArgumentParser(argument_classes, allow_abbrev=False)  # type: ignore[arg-type]  # it means dataclasses
