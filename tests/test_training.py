@@ -182,9 +182,14 @@ def test_an_argument_takes_the_place_of_what_excludes_it_in_the_recipe(tmp_path,
         ("--keep_ratio 0.4 --merged_frames_per_layer 1", "either merged_frames_per_layer or keep_ratio"),
         ("--dataset_name owner/name --test_file mine.jsonl", "either dataset_name or test_file"),
         ("--model_name_or_path mine --config_name new", "either model_name_or_path"),
+        (
+            "--dataset_name didemo --data_dir DIDEMO --columns text=caption",
+            "columns is for files and data sets of the Hub",
+        ),
+        ("--dataset_config_name large --train_file mine.jsonl", "for data sets of the Hub; .* it is not given"),
     ],
 )
-def test_arguments_of_one_command_line_exclude_each_other(tmp_path, command_line, message):
+def test_arguments_of_a_command_line_that_do_not_go_together_are_named(tmp_path, command_line, message):
     (tmp_path / "recipe.yaml").write_text("config_name: new\nkeep_ratio: 0.5\n")
     with pytest.raises(ValueError, match=message):
         parse_arguments((ModelArguments, DataArguments), [str(tmp_path / "recipe.yaml"), *command_line.split()])

@@ -215,6 +215,14 @@ class DataArguments:
         given = [name for name in FILES if getattr(self, name)]
         if names and given:
             raise ValueError(f"Give either dataset_name or {given[0]}: a data set has splits of its own.")
+        has_hub_dataset = len(names) > len(benchmarks)
+        if self.columns and names and not has_hub_dataset:
+            raise ValueError("columns is for files and data sets of the Hub; the columns of the benchmarks are known.")
+        if self.dataset_config_name and not has_hub_dataset:
+            raise ValueError(
+                f"dataset_config_name is {self.dataset_config_name!r}, which is for data sets of the Hub; dataset_name "
+                f"has none: {', '.join(names) or 'it is not given'}."
+            )
         for column in self.columns or ():
             if "=" not in column:
                 raise ValueError(f"columns has {column!r}; ours=theirs is needed, such as text=caption.")
