@@ -173,7 +173,7 @@ def test_an_ablation_trains_once_evaluates_every_row_and_goes_on_from_what_there
 
 def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_with(tmp_path, monkeypatch, capsys):
     for number in range(120):
-        picture = Image.new("RGBA", (20, 20), (2 * number, 100, 200, 255))
+        picture = Image.new("RGBA", (20, 20), (2 * number, 37 * number % 256, 101 * number % 256, 255))
         (tmp_path / "objects").mkdir(exist_ok=True)
         picture.save(tmp_path / f"objects/{number}.png")
         (tmp_path / f"objects/{number}.txt").write_text(f"Sheep {number}.")
@@ -198,8 +198,7 @@ def test_photographs_and_texts_are_distilled_into_a_start_that_lessons_begin_wit
     rows = json.loads((start / "distillation.json").read_text())["results"]
     assert [row["split"] for row in rows] == ["train", "validation", "test"]
     assert all(0 <= row[f"{who}: R@1"] <= row[f"{who}: R@5"] <= 100 for row in rows for who in ("model", "teachers"))
-    # Far above chance, for the regression was fitted to these. Teachers with random weights mix some of them up.
-    assert rows[0]["teachers: R@1"] > 80 > 8 * 100 / rows[0]["names"]
+    assert rows[0]["teachers: R@1"] > 90  # the regression was fitted to these
     assert "| validation |" in capsys.readouterr().out
     started = TestaForRetrieval.from_pretrained(start)
     words = started.testa.text_model.embeddings.word_embeddings.weight

@@ -138,9 +138,8 @@ def configure(config: TestaConfig, model_args: ModelArguments, data_args: DataAr
         video_config.num_frames = model_args.time_embeddings
     for part in (config, video_config, config.text_config):
         _override(part, model_args, "initializer_range")
-    _override(video_config, model_args, *COUNTS)
-    _override(video_config, model_args, "attention_type", "aggregation_strategy", "frame_matching")
-    _override(video_config, model_args, "proportional_attention")
+    chosen = (*COUNTS, "attention_type", "aggregation_strategy", "frame_matching", "proportional_attention")
+    _override(video_config, model_args, *chosen)
     if model_args.keep_ratio is not None or model_args.max_gflops is not None:
         _plan_within_budget(video_config, model_args)
     if any(video_config.merged_frames) or video_config.attention_type != "divided_space_time":
